@@ -1,0 +1,169 @@
+"""An estimate with its error, and the block jackknife that every interval of klbench comes from.
+
+Conventions: nats, float64, arrays [P] a prompt or [B, P] a left-out block and a prompt. `low`/`high` answer for these prompts,
+`population` for prompts like these (ESTIMATORS.md section 6).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import stdtrit
+
+Array = NDArray[np.float64]
+
+BLOCKS: Final = 8  # of the delete-a-block jackknife
+LEAST_DRAWS: Final = 16  # below this many draws a prompt no interval covers (ESTIMATORS.md section 1)
+CERTIFIED: Final = 30.0  # reach at which an interval is certified
+WIDE: Final = 1.0  # reach at which a stretched interval is still truthful
+
+STATUSES: Final = ("exact", "certified", "wide", "uncertified", "lower", "upper", "infeasible")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One figure. `status` is one of STATUSES; `low`, `high` and `population` are None where no interval can be trusted.
+
+    value: nats unless the column says otherwise; None where there is none; inf is a value.  stderr: of the value, these prompts.
+    n: draws that enter.  ess: effective sample size of the weights behind it, shown and never used to certify.
+    """
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    stderr: float | None = None
+    n: int = 0
+    ess: float | None = None
+    status: str = "certified"
+    reason: str = ""
+    population: tuple[float, float] | None = None
+
+    NUMBERS: ClassVar = ("value", "low", "high", "stderr", "ess")
+
+    def __post_init__(self) -> None:
+        if self.status not in STATUSES:
+            raise ValueError(f"status {self.status!r} is none of {', '.join(STATUSES)}")
+        for name in self.NUMBERS:
+            number = getattr(self, name)
+            if number is not None and math.isnan(number):
+                raise ValueError(f"{name} of an estimate is NaN; an undefined figure is None with a status")
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict for JSON; infinite numbers become the strings "inf" and "-inf"."""
+        out = asdict(self)
+        for name in self.NUMBERS:
+            out[name] = _finite_or_word(out[name])
+        out["population"] = None if self.population is None else [_finite_or_word(x) for x in self.population]
+        return out
+
+    @classmethod
+    def from_json(cls, data: Any) -> Estimate:
+        """The inverse of `to_json`; raises TypeError or ValueError on anything else."""
+        if isinstance(data, Estimate):
+            return data
+        fields = dict(data)
+        for name in cls.NUMBERS:
+            if fields.get(name) is not None:
+                fields[name] = float(fields[name])
+        if fields.get("population") is not None:
+            low, high = fields["population"]
+            fields["population"] = (float(low), float(high))
+        return cls(**fields)
+
+
+def _finite_or_word(x: float | None) -> float | str | None:
+    return x if x is None or math.isfinite(x) else ("inf" if x > 0 else "-inf")
+
+
+def exactly(value: float, n: int = 0, reason: str = "") -> Estimate:
+    """A figure known without error."""
+    return Estimate(value, value, value, 0.0, n, None, "exact", reason, (value, value))
+
+
+def undefined(reason: str, status: str = "uncertified", n: int = 0) -> Estimate:
+    """A figure that does not exist here, with the reason."""
+    return Estimate(None, n=n, status=status, reason=reason)
+
+
+def t_quantile(dof: float, level: float = 0.95) -> float:
+    """Two-sided quantile of Student's t."""
+    return float(stdtrit(dof, 0.5 + level / 2))
+
+
+def blocks_of(draws: int, blocks: int = BLOCKS) -> NDArray[np.int64]:
+    """[draws] block of each draw: 0, 1, ..., 7, 0, 1, ... so that each block takes 1/8 of a stratum."""
+    return np.arange(draws) % blocks
+
+
+@dataclass(frozen=True)
+class Jackknife:
+    """A delete-a-block jackknife of P per-prompt figures, from the full fit [P] and the fits with one block left out [B, P].
+
+    est_p = B full_p - (B-1) mean_b left_bp,      var_p = (B-1)/B sum_b (left_bp - mean_b left_bp)^2
+    """
+
+    full: Array
+    left: Array
+
+    @property
+    def estimates(self) -> Array:
+        """[P] bias-corrected figures."""
+        b = len(self.left)
+        return b * self.full - (b - 1) * self.left.mean(0)
+
+    @property
+    def variances(self) -> Array:
+        """[P] squared standard errors."""
+        b = len(self.left)
+        return (b - 1) / b * ((self.left - self.left.mean(0)) ** 2).sum(0)
+
+    def mean(self, *, n: int, widen: Array | None = None, ess: float | None = None, level: float = 0.95) -> Estimate:
+        """Mean over prompts. `widen` [P] is added (averaged) to the upper end: log(1 + 3/reach) for what holds log Z.
+
+        Degrees of freedom: 7 a prompt, 30 at most. `population` is the t interval with P - 1 of the per-prompt spread.
+        """
+        est, var = self.estimates, self.variances
+        prompts = len(est)
+        value = float(est.mean())
+        stderr = float(math.sqrt(var.sum()) / prompts)
+        half = t_quantile(min((len(self.left) - 1) * prompts, 30), level) * stderr
+        up = 0.0 if widen is None else float(np.mean(widen))
+        population = None
+        if prompts > 1:
+            spread = t_quantile(prompts - 1, level) * float(est.std(ddof=1)) / math.sqrt(prompts)
+            population = (value - spread, value + spread + up)
+        return Estimate(value, value - half, value + half + up, stderr, n, ess, population=population)
+
+
+def jackknife(values: Array, blocks: int = BLOCKS) -> Jackknife:
+    """Of plain means of draws [P, N]. Raises ValueError when N < 16."""
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim != 2 or values.shape[1] < LEAST_DRAWS:
+        raise ValueError(f"[P, N >= {LEAST_DRAWS}] expected: {values.shape}")
+    block = blocks_of(values.shape[1], blocks)
+    left = np.stack([values[:, block != b].mean(1) for b in range(blocks)])
+    return Jackknife(values.mean(1), left)
+
+
+def widening(reach: Array) -> Array:
+    """log(1 + 3/A) nats a prompt: by the rule of three, the most that an unseen region can add to log Z (95 %)."""
+    with np.errstate(divide="ignore"):
+        return np.log1p(3.0 / np.asarray(reach, dtype=np.float64))
+
+
+def by_reach(estimate: Estimate, reach: Array) -> Estimate:
+    """The status that the smallest reach over prompts allows; an uncertified figure keeps its value and loses its interval."""
+    least = float(np.min(reach))
+    if least >= CERTIFIED:
+        return replace(estimate, status="certified", reason=f"reach {least:.3g} prior draws at every prompt")
+    if least >= WIDE:
+        return replace(estimate, status="wide", reason=f"reach {least:.2g}: stretched by what {least:.2g} accepted prior draws could miss")
+    more = "no number of" if least <= 0 else f"{CERTIFIED / least:.0f} times the"
+    reason = (
+        f"an outcome with most of the posterior's mass could hide from the prior draws: reach {least:.2g}; {more} draws would certify it"
+    )
+    return replace(estimate, low=None, high=None, population=None, status="uncertified", reason=reason)

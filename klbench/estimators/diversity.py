@@ -1,0 +1,109 @@
+"""Diversity of draws in sets of 16 of one prompt: distinct-n, unique share, self-BLEU. Each is a mean over sets, then over prompts.
+
+distinct_n = E[different n-grams] / E[n-grams] of a set, model tokens, EOS left out, no n-gram across draws; self_bleu = BLEU-4 of each
+draw's words against the other 15 (add-1 smoothing above unigrams, closest length for brevity). Errors: jackknife over sets.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+
+from klbench.estimate import Array, Estimate, Jackknife, undefined
+
+SET: Final = 16
+
+Tokens = Sequence[Sequence[int]]
+
+
+def _sets(draws: Sequence[object]) -> list[range]:
+    return [range(i, i + SET) for i in range(0, len(draws) - SET + 1, SET)]
+
+
+def _ratio(top: Array, bottom: Array, n: int) -> Estimate:
+    """mean_p (sum_sets top / sum_sets bottom), leave-one-set-out. [P, S]."""
+    if top.shape[1] == 0:
+        return undefined(f"a set needs {SET} draws of a prompt", n=n)
+
+    def ratio(t: Array, b: Array) -> Array:
+        return np.divide(t.sum(1), b.sum(1), out=np.zeros(len(t)), where=b.sum(1) > 0)
+
+    full, sets = ratio(top, bottom), top.shape[1]
+    if sets < 2:
+        return Estimate(float(full.mean()), n=n, status="uncertified", reason="one set a prompt has no error")
+    left = np.stack([ratio(np.delete(top, s, 1), np.delete(bottom, s, 1)) for s in range(sets)])
+    return Jackknife(full, left).mean(n=n)
+
+
+def distinct(draws: Sequence[Tokens], n: int) -> Estimate:
+    """distinct-n of draws [P][N] of token ids (EOS left out)."""
+    top, bottom = [], []
+    for prompt in draws:
+        seen, total = [], []
+        for members in _sets(prompt):
+            grams = [tuple(prompt[i][j : j + n]) for i in members for j in range(len(prompt[i]) - n + 1)]
+            seen.append(len(set(grams)))
+            total.append(len(grams))
+        top.append(seen)
+        bottom.append(total)
+    return _ratio(np.array(top, np.float64), np.array(bottom, np.float64), sum(map(len, draws)))
+
+
+def unique(draws: Sequence[Tokens]) -> Estimate:
+    """Share of different draws in a set."""
+    top = [[len({tuple(p[i]) for i in members}) for members in _sets(p)] for p in draws]
+    seen = np.array(top, np.float64)
+    return _ratio(seen, np.full_like(seen, SET), sum(map(len, draws)))
+
+
+def self_bleu(texts: Sequence[Sequence[str]]) -> Estimate:
+    """self-BLEU of completions [P][N]; high is low diversity."""
+    words = re.compile(r"\w+|[^\w\s]")
+    cache: dict[str, list[Counter[tuple[str, ...]]]] = {}
+
+    def grams(text: str) -> list[Counter[tuple[str, ...]]]:
+        if text not in cache:
+            w = words.findall(text.lower())
+            cache[text] = [Counter(tuple(w[j : j + n]) for j in range(len(w) - n + 1)) for n in (1, 2, 3, 4)]
+        return cache[text]
+
+    scores = [[_set_bleu([grams(p[i]) for i in members]) for members in _sets(p)] for p in texts]
+    top = np.array(scores, np.float64)
+    return _ratio(top, np.ones_like(top), sum(map(len, texts)))
+
+
+def _set_bleu(members: list[list[Counter[tuple[str, ...]]]]) -> float:
+    """Mean BLEU-4 of each member against the rest; a gram's largest count among the others comes from the two largest over all."""
+    lengths = [sum(m[0].values()) for m in members]
+    best: list[dict[tuple[str, ...], tuple[int, int, int]]] = []  # gram -> (largest count, its owner, second largest)
+    for n in range(4):
+        table: dict[tuple[str, ...], tuple[int, int, int]] = {}
+        for i, m in enumerate(members):
+            for gram, count in m[n].items():
+                first, owner, second = table.get(gram, (0, -1, 0))
+                table[gram] = (count, i, first) if count > first else (first, owner, max(second, count))
+        best.append(table)
+    total = 0.0
+    for i, m in enumerate(members):
+        if not lengths[i]:
+            continue
+        logs = 0.0
+        for n in range(4):
+            hits = 0
+            for gram, count in m[n].items():
+                first, owner, second = best[n][gram]
+                hits += min(count, second if owner == i else first)
+            of, smooth = sum(m[n].values()), 0 if n == 0 else 1
+            share = (hits + smooth) / (of + smooth) if of + smooth else 0.0
+            if share == 0.0:
+                logs = -math.inf
+                break
+            logs += math.log(share) / 4
+        near = min((abs(x - lengths[i]), x) for j, x in enumerate(lengths) if j != i)[1]
+        total += math.exp(logs + min(0.0, 1 - near / lengths[i]))
+    return total / len(members)

@@ -1,0 +1,299 @@
+"""The laws that come with the contracts of method.py: run by the tests on every method here, and by `klbench validate` on anybody's.
+
+    E_groups[ grad loss ] = sum over every way to draw K answers of each prompt of  q(draws) grad loss(draws)
+
+No law of an objective samples: the policies are tables of a few answers of different lengths (`klbench.policies.tabular`), so that
+every expectation is a finite sum, and a wrong sign, a wrong beta, a dropped correction or a mean in place of a sum stands out by
+many orders above rounding. An objective may offer two methods beyond its contract, and is held to what they say:
+
+    stated(log_q [S], log_p0 [S], reward [S], beta, draws) -> scalar    whose gradient is that of the expected loss, up to a positive factor
+    own(reward [N], bank [N0], beta, draws) -> [N]                      log of its optimum over p0; required where optimum is "own"
+
+A state entry called "log_z" is an objective's own estimate of log Z per prompt and "seen" the draws behind it: the law on the
+gradient sets both to the truth, the law on the optimum starts from the first visit too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import product
+from typing import Final, Protocol, final, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from klbench.batch import Batch
+from klbench.errors import UserError
+from klbench.estimate import Array
+from klbench.method import AbstractSampler, AbstractStatefulObjective, ClosedForm, Objective, State
+from klbench.policies.tabular import Tabular
+
+EXACT: Final = 1e-6  # largest gap of a law that holds; central differences are good to about 1e-8
+SEEN: Final = 1e-3  # least gap that a wrong ingredient must open
+BETAS: Final = (0.4, 1.5)
+PICKS: Final = 20_000
+FAR: Final = 4.5  # standard errors that a sampler's frequency may be off; the seed is fixed, so a pass stays a pass
+
+
+@dataclass(frozen=True)
+class Law:
+    """One verdict. gap: what `holds` was decided on, in the unit that `detail` names."""
+
+    name: str
+    holds: bool
+    gap: float
+    detail: str
+
+
+@runtime_checkable
+class Stated(Protocol):
+    """An objective that writes down its expected loss."""
+
+    def stated(self, log_q: Tensor, log_p0: Tensor, reward: Tensor, beta: float, draws: int) -> Tensor:
+        """Scalar of one prompt, S answers enumerated."""
+        ...
+
+
+@final
+@dataclass(frozen=True)
+class World:
+    """Prompts whose S answers can be listed: p0 = counts / sum, and K draws a prompt. eos is word 0; V words, T tokens.
+
+    The counts are whole, so that a bank with each answer `counts` times has exactly the prior's law.
+    """
+
+    counts: tuple[tuple[int, ...], ...]
+    reward: tuple[tuple[float, ...], ...]
+    draws: int
+    length: int
+    vocabulary: int = 2
+
+    def policy(self, logits: Tensor) -> Tabular:
+        """The table with logits [P, S]."""
+        return Tabular(logits, tuple(f"prompt {p}" for p in range(len(self.counts))), self.vocabulary, self.length, eos=0)
+
+    @property
+    def log_p0(self) -> Tensor:
+        """[P, S] float64."""
+        return torch.tensor(self.counts, dtype=torch.float64).log().log_softmax(1)
+
+    @property
+    def rewards(self) -> Tensor:
+        """[P, S] float64."""
+        return torch.tensor(self.reward, dtype=torch.float64)
+
+    def bank(self, prompt: int, times: int = 1) -> Array:
+        """[N0] rewards of prior draws with exactly the prior's law."""
+        return np.repeat(np.array(self.reward[prompt]), np.array(self.counts[prompt]) * times)
+
+    def log_target(self, beta: float) -> Tensor:
+        """[P, S] log p*."""
+        return (self.log_p0 + self.rewards / beta).log_softmax(1)
+
+
+WORLDS: Final = (
+    World(counts=((2, 3, 4, 1),), reward=((1.0, -0.5, 2.0, 0.3),), draws=3, length=3),
+    World(counts=((1, 2, 3), (4, 1, 2)), reward=((0.4, -0.3, 1.1), (0.0, 0.9, 0.9)), draws=2, length=2),
+)
+
+
+def fresh_state(objective: Objective, world: World) -> State | None:
+    """The state before the first step, None for an objective without memory."""
+    return objective.init(len(world.counts)) if isinstance(objective, AbstractStatefulObjective) else None
+
+
+def settled_state(objective: Objective, world: World, beta: float) -> State | None:
+    """The state in which "log_z" is the true one and rests on so many draws that no group can move it."""
+    state = fresh_state(objective, world)
+    if state is not None:
+        for name, value in state.items():
+            if name == "log_z":
+                true = (world.log_p0 + world.rewards / beta).logsumexp(1).to(value.dtype)
+                state[name] = true.requires_grad_(value.requires_grad)
+            elif name == "seen":
+                state[name] = torch.full_like(value, 1e15)
+    return state
+
+
+def expected_gradient(objective: Objective, world: World, logits: Tensor, beta: float, state: State | None = None) -> Tensor:
+    """[P, S] gradient of the expected loss at the table with these logits: all S^(P K) batches, on-policy or from the prior."""
+    logits = logits.detach().clone().requires_grad_()
+    policy, prior = world.policy(logits), world.policy(world.log_p0)
+    every, kl_token = policy.enumerate(), policy.kl_token(prior)
+    before = prior.enumerate().log_prob
+    drawn = before if objective.draws == "prior" else every.log_prob.detach()
+    # an objective that says it needs no prior gets none: a read of it shows up as NaN
+    given = before if objective.needs_prior else torch.full_like(before, torch.nan)
+    prompts, answers = world.rewards.shape
+    row, total = torch.arange(prompts), torch.zeros((), dtype=torch.float64)
+    at = row[:, None]
+    for group in product(range(answers), repeat=prompts * world.draws):
+        d = torch.tensor(group).reshape(prompts, world.draws)
+        batch = Batch(
+            tokens=every.tokens[d],
+            mask=every.mask[d],
+            log_q=every.log_prob[at, d],
+            log_p0=given[at, d],
+            reward=world.rewards[at, d],
+            log_weight=torch.zeros(d.shape, dtype=torch.float64),
+            old_log_q=drawn[at, d],
+            kl_token=kl_token[at, d],
+            prompt=row,
+        )
+        if isinstance(objective, AbstractStatefulObjective):
+            if state is None:
+                raise ValueError("an objective with memory needs a state: fresh_state or settled_state")
+            loss, _ = objective.loss(batch, beta, state)
+        else:
+            loss = objective.loss(batch, beta)
+        total = total + drawn[at, d].sum().exp() * loss
+    if not total.requires_grad:
+        return torch.zeros_like(logits.detach())
+    (gradient,) = torch.autograd.grad(total, logits, allow_unused=True)
+    return torch.zeros_like(logits.detach()) if gradient is None else gradient
+
+
+def stated_gradient(objective: Stated, world: World, logits: Tensor, beta: float, step: float = 1e-6) -> Tensor:
+    """[P, S] central differences of the mean over prompts of `stated`: no autograd, so that a stray detach cannot agree with itself."""
+
+    def mean(at: Tensor) -> float:
+        log_q = at.log_softmax(1)
+        rows = zip(log_q, world.log_p0, world.rewards, strict=True)
+        return sum(float(objective.stated(q, p0, r, beta, world.draws)) for q, p0, r in rows) / len(log_q)
+
+    slope = torch.zeros_like(logits)
+    for p, s in product(*map(range, logits.shape)):
+        nudge = torch.zeros_like(logits)
+        nudge[p, s] = step
+        slope[p, s] = (mean(logits + nudge) - mean(logits - nudge)) / (2 * step)
+    return slope
+
+
+def optimum(objective: Objective, world: World, beta: float) -> Tensor | None:
+    """[P, S] log-density of the declared optimum, None where none is. Raises UserError on an unknown word or a missing `own`."""
+    if objective.optimum == "target":
+        return world.log_target(beta)
+    if objective.optimum == "none":
+        return None
+    if objective.optimum != "own":
+        raise UserError(f"optimum {objective.optimum!r} of {type(objective).__name__} is none of target, own, none")
+    if not isinstance(objective, ClosedForm):
+        raise UserError(f"{type(objective).__name__} declares an optimum of its own and has no method own(reward, bank, beta, draws)")
+    rows = [objective.own(np.array(r), world.bank(p), beta, world.draws) for p, r in enumerate(world.reward)]
+    return world.log_p0 + torch.from_numpy(np.stack(rows))
+
+
+def _points(world: World) -> list[tuple[Tensor, float]]:
+    """Policies near the prior, far from it, and so close to the target that even total variation tells beta from 1.1 beta."""
+    generator = torch.Generator().manual_seed(7)
+    noise = torch.randn(world.rewards.shape, generator=generator, dtype=torch.float64)
+    near, far = BETAS
+    return [(world.log_p0 + 0.3 * noise, near), (world.log_p0 + 1.2 * noise, far), (world.log_target(1.05 * far) + 0.01 * noise, far)]
+
+
+def _direction_gap(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Largest |g - c s| / |g| over (g, s), c > 0 the best one factor of all prompts; inf when some c is not positive or g not finite."""
+    worst = 0.0
+    for found, wanted in pairs:
+        factor = float((found * wanted).sum() / (wanted * wanted).sum())
+        if not (bool(torch.isfinite(found).all()) and factor > 0):
+            return math.inf
+        worst = max(worst, float((found - factor * wanted).norm() / found.norm()))
+    return worst
+
+
+def _gradient_laws(objective: Objective) -> list[Law]:
+    if not isinstance(objective, Stated):
+        return []
+    cases = [(world, logits, beta) for world in WORLDS for logits, beta in _points(world)]
+    wanted = [stated_gradient(objective, world, logits, beta) for world, logits, beta in cases]
+
+    def found(factor: float) -> list[Tensor]:
+        return [expected_gradient(objective, w, x, b * factor, settled_state(objective, w, b * factor)) for w, x, b in cases]
+
+    right, off = found(1.0), found(1.1)
+    gap = _direction_gap(zip(right, wanted, strict=True))
+    laws = [Law("the expected gradient is that of the stated loss", gap < EXACT, gap, "relative, up to one positive factor")]
+    moved = _direction_gap((stated_gradient(objective, w, x, 1.1 * b), s) for (w, x, b), s in zip(cases, wanted, strict=True))
+    wrong = _direction_gap(zip(off, wanted, strict=True))
+    if moved < EXACT:
+        laws.append(Law("beta is not read", wrong < EXACT, wrong, "relative change of the gradient's direction at 1.1 beta"))
+    else:
+        laws.append(Law("a beta wrong by 1.1 shows", wrong > SEEN, wrong, "relative gap to the stated loss at the right beta"))
+    flipped = _direction_gap((-g, s) for g, s in zip(right, wanted, strict=True))
+    return [*laws, Law("the wrong sign shows", math.isinf(flipped), flipped, "inf: the factor is not positive")]
+
+
+def _optimum_laws(objective: Objective) -> list[Law]:
+    if optimum(objective, WORLDS[0], BETAS[0]) is None:
+        return []
+    there, missed = 0.0, math.inf
+    for world, beta in product(WORLDS, BETAS):
+        best = optimum(objective, world, beta)
+        assert best is not None
+        for state in (fresh_state(objective, world), settled_state(objective, world, beta)):
+            scale = float(expected_gradient(objective, world, world.log_p0, beta, state).norm())
+            at = float(expected_gradient(objective, world, best, beta, state).norm())
+            halfway = float(expected_gradient(objective, world, (best + world.log_p0) / 2, beta, state).norm())
+            there = max(there, at / scale if scale > 0 and math.isfinite(at + scale) else math.inf)
+            missed = min(missed, halfway / scale if scale > 0 else 0.0)
+    return [
+        Law("the gradient vanishes at the declared optimum", there < EXACT, there, "norm relative to the prior's"),
+        Law("the gradient does not vanish short of it", missed > SEEN, missed, "norm halfway to the optimum relative to the prior's"),
+    ]
+
+
+def _uphill(objective: Objective) -> Law:
+    """d E_q[r] under a step along -p0^-1 grad at q = p0: every method that follows the reward starts by raising it."""
+    least = math.inf
+    for world, beta in product(WORLDS, BETAS):
+        gradient = expected_gradient(objective, world, world.log_p0, beta, settled_state(objective, world, beta))
+        mean = (world.log_p0.exp() * world.rewards).sum(1, keepdim=True)
+        rise = -((world.rewards - mean) * gradient).sum(1) / gradient.norm()
+        least = min(least, float(rise.min()) if bool(torch.isfinite(rise).all()) else -math.inf)
+    return Law("the first step from the prior raises the reward", least > 0, least, "least slope over prompts, per unit of gradient")
+
+
+def check_objective(objective: Objective) -> tuple[Law, ...]:
+    """All laws that apply to what the objective declares. Raises UserError when the declaration itself is unsound."""
+    return (*_gradient_laws(objective), *_optimum_laws(objective), _uphill(objective))
+
+
+def _picked_law(sampler: AbstractSampler, world: World, beta: float, ceiling: float, seed: int) -> tuple[Array, float]:
+    """[S] shares of the answers among PICKS draws of the sampler, fed with prior draws; and the prior draws used for one."""
+    share = np.array(world.counts[0]) / sum(world.counts[0])
+    expected = sampler.cost(world.bank(0, 64), beta, ceiling)
+    stream = np.random.default_rng(seed).choice(len(share), size=int(1.1 * expected * PICKS) + 1000, p=share)
+    index, used = sampler.pick(np.array(world.reward[0])[stream], beta, ceiling, PICKS, seed + 1)
+    if len(index) != PICKS or used < int(index.max()) + 1:
+        raise UserError(f"{type(sampler).__name__}.pick: {PICKS} indices expected within the draws used, got {len(index)} of {used}")
+    return np.bincount(stream[index], minlength=len(share)) / PICKS, used / PICKS
+
+
+def check_sampler(sampler: AbstractSampler) -> tuple[Law, ...]:
+    """Whether `pick`, `log_ratio` and `cost` of a sampler describe one law. log_ratio is summed exactly; pick's frequencies are drawn."""
+    world = World(((2, 3, 4, 1),), ((1.0, -0.5, 2.0, 1.0),), draws=1, length=3)  # two answers tie in reward
+    ceiling, reward, bank = 2.3, np.array(world.reward[0]), world.bank(0, 64)
+    share = np.array(world.counts[0]) / sum(world.counts[0])
+    off, far, price, stable, blind = 0.0, 0.0, 0.0, True, 0.0
+    for turn, beta in enumerate(BETAS):
+        law = share * np.exp(sampler.log_ratio(reward, bank, beta, ceiling))
+        wrong = share * np.exp(sampler.log_ratio(reward, bank, 1.1 * beta, ceiling))
+        off = max(off, abs(float(law.sum()) - 1.0))
+        found, used = _picked_law(sampler, world, beta, ceiling, 10 * turn)
+        again, _ = _picked_law(sampler, world, beta, ceiling, 10 * turn)
+        stable = stable and bool((found == again).all())
+        error = np.sqrt(np.maximum(law * (1 - law), 0) / PICKS + 1 / PICKS**2)
+        far = max(far, float(np.max(np.abs(found - law) / error)))
+        blind = max(blind, float(np.max(np.abs(found - wrong) / error))) if not np.allclose(law, wrong, rtol=1e-9) else math.inf
+        price = max(price, abs(used / sampler.cost(bank, beta, ceiling) - 1))
+    return (
+        Law("log_ratio is the log of a normalised density ratio", off < EXACT, off, "|sum p0 exp(log_ratio) - 1|"),
+        Law("pick draws from the law of log_ratio", far < FAR, far, f"standard errors over {PICKS} picks"),
+        Law("a beta wrong by 1.1 shows", blind > FAR, blind, "standard errors; inf where beta is not read"),
+        Law("cost is the prior draws used", price < 0.04, price, "relative"),
+        Law("the same seed gives the same picks", stable, 0.0 if stable else 1.0, "1: it does not"),
+    )

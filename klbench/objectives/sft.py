@@ -1,0 +1,49 @@
+"""Filtered SFT: clone the best of each prompt's K prior draws (rejection-sampling fine-tuning with a filter that ties cannot empty).
+
+    loss = -mean_p mean_{k in best_p} log q(y_pk),   best_p = { k : r_pk = max_j r_pj },   y ~ p0
+    E[grad loss] = grad KL(b_K || q),   b_K(x) = p0(x) [F(r)^K - F(r-)^K] / P0(r)   the law of best-of-K
+
+Optimum: its own, best-of-K of the prior; beta is not read, K sets the tilt.  Source: Dong et al. 2023, RAFT, arXiv:2304.06767.
+Pitfall: a mean over tokens in place of the sum would reweight answers by 1/length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import numpy as np
+from torch import Tensor
+
+from klbench.batch import Batch
+from klbench.estimate import Array
+from klbench.method import AbstractObjective
+
+
+@final
+@dataclass(frozen=True)
+class SFT(AbstractObjective):
+    optimum: ClassVar[str] = "own"
+    source: ClassVar[str] = "arXiv:2304.06767"
+    draws: ClassVar[str] = "prior"
+    needs_prior: ClassVar[bool] = False
+
+    def loss(self, batch: Batch, beta: float) -> Tensor:
+        """Scalar, nats a sequence. Reads log_q [P, K, T] and reward [P, K]."""
+        best = (batch.reward == batch.reward.amax(1, keepdim=True)).to(batch.log_q.dtype)
+        share = best / best.sum(1, keepdim=True)  # tied draws share the clone: the same expectation as a tie broken at random
+        return -(share * batch.total(batch.log_q)).sum(1).mean()
+
+    def stated(self, log_q: Tensor, log_p0: Tensor, reward: Tensor, beta: float, draws: int) -> Tensor:
+        """-E_{b_K}[log q] of one prompt, all answers [S] enumerated."""
+        p0 = log_p0.exp()
+        upto, below = ((reward[None, :] <= reward[:, None]) * p0).sum(1), ((reward[None, :] < reward[:, None]) * p0).sum(1)
+        return -(p0 * (upto**draws - below**draws) / (upto - below) * log_q).sum()
+
+    def own(self, reward: Array, bank: Array, beta: float, draws: int) -> Array:
+        """[N] log b_K/p0 of `reward`, K = draws, F from the bank's rewards [N0] of the prompt; rewards off the bank as in best_of_n."""
+        levels = np.sort(bank)
+        at = np.maximum(np.asarray(reward, dtype=np.float64), levels[0])
+        upto = np.searchsorted(levels, at, side="right") / len(levels)
+        below = np.searchsorted(levels, at, side="left") / len(levels)
+        return np.asarray((draws - 1) * np.log(upto) + np.log(((below / upto)[:, None] ** np.arange(draws)).sum(1)))

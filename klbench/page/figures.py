@@ -1,0 +1,263 @@
+"""Figures of the page as SVG text: drawn by matplotlib, coloured by the page's own CSS variables, the same bytes every time.
+
+Conventions: KL in nats on a square-root axis. Near the prior KL*(R) grows like the square of the reward gained, so that axis
+draws the frontier nearly straight, and a collapsed policy at 30 nats leaves room for those at 0.3.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple, final
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
+
+# Colours nobody would choose: each is exchanged for the CSS variable beside it, and so follows light and dark.
+INK: Final = "#000001"
+MUTED: Final = "#000002"
+GRID: Final = "#000003"
+ACCENT: Final = "#000004"
+REFERENCE: Final = "#000005"
+PAPER: Final = "#000006"
+VARIABLES: Final = {INK: "ink", MUTED: "muted", GRID: "line", ACCENT: "accent", REFERENCE: "reference", PAPER: "paper"}
+
+SOLID: Final = 30.0  # reach at which the frontier is drawn solid
+DASHED: Final = 1.0  # reach below which it is not drawn
+
+STYLE: Final[Any] = {  # Any: matplotlib types every key of its settings by hand
+    "svg.fonttype": "none",
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": MUTED,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "text.color": INK,
+    "text.parse_math": False,  # a method may be called `$x$`
+    "xtick.color": GRID,
+    "ytick.color": GRID,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+}
+
+
+class Point(NamedTuple):
+    """Of the frontier: the posterior at one lambda; low, high the band of kl; reach prior draws that rejection would accept."""
+
+    reward: float
+    kl: float
+    low: float
+    high: float
+    reach: float
+
+
+@final
+@dataclass(frozen=True)
+class Place:
+    """A policy on the plane: (value, low, high) of its reward and of its KL to the prior. role as on the board."""
+
+    label: str
+    role: str
+    reward: tuple[float, float, float]
+    kl: tuple[float, float, float]
+
+
+def root(x: float) -> float:
+    """sqrt(max(x, 0)): where a figure of x nats stands on the axis."""
+    return math.sqrt(max(x, 0.0))
+
+
+def ticks(top: float, gap: float = 0.2) -> list[float]:
+    """0 and round numbers (1, 2, 5 times a power of ten) up to `top`, at least `gap` of the square-root axis apart."""
+    if not top > 0:
+        return [0.0]
+    power = math.floor(math.log10(top))
+    chosen: list[float] = []
+    last = math.inf
+    for digits in (5, 2, 1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01):
+        x = digits * 10.0**power
+        at = root(x / top)
+        if at <= 1.0 and last - at >= gap and at >= gap * 0.8:
+            chosen.append(float(f"{x:.6g}"))
+            last = at
+    return [0.0, *reversed(chosen)]
+
+
+def segments(frontier: Sequence[Point]) -> tuple[list[Point], list[Point]]:
+    """Points of reach >= 30 (solid) and of 1 <= reach < 30 (dashed), by reward; the dashed part starts where the solid one ends."""
+    ordered = sorted(frontier)
+    solid = [p for p in ordered if p.reach >= SOLID]
+    dashed = [p for p in ordered if DASHED <= p.reach < SOLID]
+    return solid, ([solid[-1], *dashed] if solid and dashed else dashed)
+
+
+def least_kl(frontier: Sequence[Point], reward: float) -> float | None:
+    """KL*(reward) nats, interpolated; 0 below the first point (the prior), None beyond the last one that is drawn."""
+    drawn = sorted(p for p in frontier if p.reach >= DASHED)
+    if not drawn or reward > drawn[-1].reward:
+        return None
+    return float(np.interp(reward, [p.reward for p in drawn], [p.kl for p in drawn], left=0.0))
+
+
+def plane(places: Sequence[Place], frontier: Sequence[Point], name: str) -> str:
+    """The reward-KL plane: frontier with its band, each policy with error bars, and its wasted nats as the drop to the curve."""
+    with mpl.rc_context(STYLE):
+        fig = Figure(figsize=(9.6, 5.6), dpi=72, layout="constrained")
+        canvas = FigureCanvasAgg(fig)
+        ax = fig.add_subplot()
+        solid, dashed = segments(frontier)
+        for part, dashes in ((solid, "-"), (dashed, (0, (4, 3)))):
+            x = [p.reward for p in part]
+            ax.fill_between(x, [max(p.low, 0) for p in part], [max(p.high, 0) for p in part], color=ACCENT, alpha=0.13, linewidth=0)
+            ax.plot(x, [max(p.kl, 0) for p in part], color=ACCENT, linewidth=1.6, linestyle=dashes)
+        for place in places:
+            (x0, x_low, x_high), (y0, y_low, y_high) = place.reward, place.kl
+            colour = ACCENT if place.role in ("objective", "policy") else REFERENCE
+            foot = least_kl(frontier, x0)
+            if foot is not None:
+                ax.plot([x0, x0], [max(foot, 0), max(y0, 0)], color=MUTED, linewidth=0.7, linestyle=(0, (1, 2)))
+            ax.plot([x_low, x_high], [max(y0, 0)] * 2, color=colour, linewidth=1)
+            ax.plot([x0, x0], [max(y_low, 0), max(y_high, 0)], color=colour, linewidth=1)
+            marker = {"target": "D", "null": "s", "sampler": "^"}.get(place.role, "o")
+            ax.plot([x0], [max(y0, 0)], marker, color=PAPER if place.role in ("target", "null") else colour, mec=colour, mew=1.4, ms=5.5)
+        tops = [p.kl[2] for p in places] + [p.high for p in (*solid, *dashed)]
+        top = max((t for t in tops if math.isfinite(t)), default=1.0) or 1.0
+        _root_axis(ax, top, 0.12)
+        ax.margins(x=0.07)
+        ax.grid(axis="y")
+        ax.set_axisbelow(True)
+        ax.tick_params(length=0)
+        ax.set_xlabel("reward E_q[r]")
+        ax.set_ylabel("KL to the prior, nats (square-root axis)")
+        _label(ax, canvas, places)
+        return _svg(fig, f"plane {name}", f"Reward against KL to the prior on {name}, with the optimal frontier")
+
+
+def _root_axis(ax: Any, top: float, gap: float) -> None:
+    """The square-root axis of nats, from 0 to a little above `top`."""
+    top = 1.12 * top if top > 0 else 1.0
+    ax.set_yscale("function", functions=(lambda y: np.sqrt(np.maximum(y, 0.0)), np.square))
+    ax.set_ylim(0, top)
+    ax.set_yticks(ticks(top, gap))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_locator(mpl.ticker.NullLocator())
+
+
+def _label(ax: Any, canvas: FigureCanvasAgg, places: Sequence[Place]) -> None:
+    """Names beside the points: of the places around a point, the nearest free one; a thin line leads to names that stand off."""
+    canvas.draw()
+    renderer = canvas.get_renderer()
+    spots = [ax.transData.transform((p.reward[0], max(p.kl[0], 0.0))) for p in places]
+    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in spots]
+    bars = []
+    for place, (x, y) in zip(places, spots, strict=True):
+        (left, low), (right, high) = (ax.transData.transform((place.reward[i], max(place.kl[i], 0.0))) for i in (1, 2))
+        bars += [Bbox.from_extents(left, y - 1, right, y + 1), Bbox.from_extents(x - 1, low, x + 1, high)]
+    inside = ax.get_window_extent(renderer)
+    for place, (x, y) in zip(places, spots, strict=True):
+        text = ax.text(0, 0, place.label, fontsize=9.5)
+        size = text.get_window_extent(renderer)
+        text.remove()
+        best: tuple[float, float, float, bool] | None = None
+        for ring in (9, 16, 24, 34, 46, 60, 76, 94):
+            for angle in (0, 180, 40, -40, 140, -140, 90, -90, 65, -65, 115, -115, 20, -20, 160, -160):
+                dx, dy = ring * math.cos(math.radians(angle)), ring * math.sin(math.radians(angle))
+                left = dx - size.width * (1 - math.cos(math.radians(angle))) / 2
+                low = dy - size.height / 2
+                box = Bbox.from_bounds(x + left - 1, y + low, size.width + 2, size.height)
+                if box.x0 < inside.x0 + 2 or box.x1 > inside.x1 - 2 or box.y0 < inside.y0 + 2 or box.y1 > inside.y1:
+                    continue
+                cost = ring + 400.0 * sum(box.overlaps(other) for other in taken) + 25.0 * sum(box.overlaps(bar) for bar in bars)
+                if best is None or cost < best[0]:
+                    best = (cost, left, low, ring > 16)
+            if best is not None and best[0] <= ring:
+                break  # free, and no wider ring can be nearer
+        _, left, low, away = best or (0.0, 7.0, -size.height / 2, False)
+        taken.append(Bbox.from_bounds(x + left - 1, y + low, size.width + 2, size.height))
+        ax.annotate(
+            place.label,
+            (place.reward[0], max(place.kl[0], 0.0)),
+            xytext=(left, low),
+            textcoords="offset points",
+            fontsize=9.5,
+            color=INK,
+            va="bottom",
+            parse_math=False,
+            arrowprops={"arrowstyle": "-", "color": MUTED, "lw": 0.5, "shrinkA": 1, "shrinkB": 4} if away else None,
+        )
+
+
+def keys_of(curve: Sequence[dict[str, float]]) -> list[str]:
+    """What a training curve holds beside its step: reward and kl_prior first, the rest by name."""
+    found = {key for point in curve for key in point} - {"step"}
+    return [*(k for k in ("reward", "kl_prior") if k in found), *sorted(found - {"reward", "kl_prior"})]
+
+
+def limits(curves: Sequence[Sequence[dict[str, float]]]) -> dict[str, tuple[float, float]]:
+    """Least and greatest value of each key over the curves of a task, so that small figures share their axes."""
+    out: dict[str, tuple[float, float]] = {}
+    for curve in curves:
+        for point in curve:
+            for key, value in point.items():
+                if math.isfinite(value):
+                    low, high = out.get(key, (value, value))
+                    out[key] = (min(low, value), max(high, value))
+    return out
+
+
+def training(curve: Sequence[dict[str, float]], axes: dict[str, tuple[float, float]], name: str) -> str:
+    """One small panel a key over training steps; a curve without steps counts its points."""
+    keys = keys_of(curve)
+    with mpl.rc_context({**STYLE, "font.size": 8.5}):
+        tall = 0.35 + 0.75 * len(keys)  # inches
+        fig = Figure(figsize=(3.1, tall), dpi=72)
+        panels = fig.subplots(len(keys), 1, sharex=True, squeeze=False)[:, 0]
+        fig.subplots_adjust(left=0.13, right=0.98, bottom=0.22 / tall, top=1 - 0.2 / tall, hspace=0.5)
+        for ax, key in zip(panels, keys, strict=True):
+            drawn = [(p.get("step", i), p[key]) for i, p in enumerate(curve) if key in p]
+            ax.plot([s for s, _ in drawn], [v for _, v in drawn], color=ACCENT, linewidth=1.3, solid_capstyle="round")
+            low, high = axes.get(key, (0.0, 1.0))
+            if key == "kl_prior":
+                _root_axis(ax, high, 0.4)
+            else:
+                pad = 0.08 * (high - low) or 0.5
+                ax.set_ylim(low - pad, high + pad)
+                ax.yaxis.set_major_locator(mpl.ticker.MaxNLocator(2))
+            ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(3, integer=True))
+            ax.tick_params(length=0, pad=2)
+            ax.text(0, 1.04, key, transform=ax.transAxes, color=MUTED)
+        return _svg(fig, f"training {name}", f"Training curve of {name}: {', '.join(keys)} by step")
+
+
+def _svg(fig: Figure, salt: str, says: str) -> str:
+    """The figure as inline SVG: no prolog, date, size or unused id; colours by CSS variable; `says` for screen readers."""
+    out = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": salt, "svg.fonttype": "none"}), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a glyph that matplotlib's font lacks is still there in the reader's
+        fig.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = out.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
+    text = re.sub(r"<!--.*?-->", "", text, flags=re.S)
+    text = re.sub(r"<style[^>]*>.*?</style>", "", text, flags=re.S)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
+    label = _attribute(says)
+    text = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', lambda m: f'<svg viewBox="{m[1]}" role="img" aria-label="{label}">', text, count=1)
+    for colour, variable in VARIABLES.items():
+        text = text.replace(colour, f"var(--{variable})")
+    return re.sub(r"\n\s*", "\n", text).strip()
+
+
+def _attribute(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;")

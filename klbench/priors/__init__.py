@@ -1,0 +1,18 @@
+"""Named priors: `mini` ships with the package; other names are added here."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Final
+
+from klbench.errors import unknown
+
+SHIPPED: Final = ("mini",)
+
+
+def prior_path(name: str) -> Path:
+    """The folder of a named prior, in Hugging Face format. Raises UserError with the nearest name."""
+    if name not in SHIPPED:
+        raise unknown("prior", name, SHIPPED)
+    return Path(str(files("klbench.priors").joinpath(name)))

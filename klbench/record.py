@@ -1,0 +1,157 @@
+"""Run: what was asked. Record: what came out. Both are checked on reading and written atomically."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+
+from klbench.errors import UserError
+from klbench.estimate import Estimate
+
+SCHEMA: Final = 1
+
+EstimateField = Annotated[
+    Estimate,
+    BeforeValidator(Estimate.from_json),
+    PlainSerializer(lambda e: e.to_json(), return_type=dict[str, Any]),
+]
+
+
+class Strict(BaseModel):
+    """A frozen model in which an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Train(Strict):
+    """How a policy is trained. lr: Adam's, falling linearly to a tenth; prompts x samples draws a step."""
+
+    steps: int = Field(40, ge=0)
+    prompts: int = Field(16, ge=1)
+    samples: int = Field(8, ge=2)
+    lr: float = Field(1e-4, ge=0)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    checkpoint_every: int = Field(20, ge=1)
+
+
+class Score(Strict):
+    """How a policy is scored, draws a prompt: `draws` of its own, `bank` prior draws scored under it; `prompts` 0 means all."""
+
+    draws: int = Field(128, ge=16)
+    bank: int = Field(128, ge=16)
+    prompts: int = Field(0, ge=0)
+
+
+class Run(Strict):
+    """What was asked: one policy of one task. `id` is a readable name with the hash of everything here."""
+
+    task: str
+    task_version: int
+    method: str
+    kind: Literal["objective", "sampler", "policy"]
+    prior: str
+    beta: float = Field(gt=0, allow_inf_nan=False)
+    seed: int = Field(0, ge=0)
+    max_new_tokens: int = Field(ge=1)
+    train: Train | None = None
+    score: Score
+    hashes: dict[str, str] = Field(default_factory=dict)  # prior: its weights; bank: prior draws and their rewards; prompts; target
+
+    @property
+    def id(self) -> str:
+        """`bias-rloo-b1-s0-1a2b3c4d`: safe as a file name; the last part is the SHA-256 of the run."""
+        plain = "-".join("".join(c if c.isalnum() or c in "._" else "_" for c in part) for part in (self.task, self.method))
+        return f"{plain}-b{self.beta:g}-s{self.seed}-{digest(self.model_dump(mode='json'))[:8]}"
+
+
+class FrontierPoint(Strict):
+    """One point of the optimal frontier: the posterior at lambda = 1/beta. low, high: 95 % band of kl; reach: least over prompts."""
+
+    lam: float
+    reward: float
+    kl: float
+    low: float
+    high: float
+    reach: float
+
+
+class Sample(Strict):
+    """A draw for the page. Log-probabilities in nats a sequence; None where the policy has none."""
+
+    prompt: str
+    completion: str
+    reward: float
+    log_p0: float
+    log_q: float | None
+
+
+class Record(Strict):
+    """What came out of a run. Never changes when another policy joins the board.
+
+    columns: DESIGN.md section 3.  prompts: per-prompt values, aligned with prompt_ids; `free` is KL(q||p0) - E_q[r]/beta, whose
+    paired difference between two policies is that of their reverse_kl.  cost.machine alone may differ between equal runs.
+    """
+
+    schema_version: Literal[1] = SCHEMA
+    run: Run
+    status: str
+    columns: dict[str, EstimateField]
+    prompt_ids: list[str]
+    prompts: dict[str, list[float]]
+    frontier: list[FrontierPoint]
+    samples: list[Sample]
+    curve: list[dict[str, float]] = Field(default_factory=list)
+    cost: dict[str, Any]
+    notes: list[str] = Field(default_factory=list)
+    hashes: dict[str, str] = Field(default_factory=dict)  # samples: their file; weights: the policy's
+
+    def comparable(self) -> dict[str, Any]:
+        """Everything that equal runs must agree on."""
+        data = self.model_dump(mode="json")
+        data["cost"].pop("machine", None)
+        return data
+
+    def to_json(self) -> str:
+        """JSON with sorted keys, one trailing newline; non-finite numbers are refused (estimates write "inf")."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, allow_nan=False, indent=1, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def read(cls, path: Path) -> Record:
+        """Raises UserError that names the file and the first bad key."""
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"no record at {path}") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "the file"
+            raise UserError(f"{path}: {where}: {first['msg']}") from None
+        except (UnicodeDecodeError, OSError) as error:
+            raise UserError(f"{path}: cannot be read: {error}") from None
+
+
+def digest(data: Any) -> str:
+    """SHA-256 of JSON with sorted keys."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Either the old file or the whole new one is there, whatever kills the process in between."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(part, 0o644)
+        os.replace(part, path)
+    except BaseException:
+        Path(part).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,154 @@
+"""A suite is a YAML file: a named grid of tasks and methods, resolved to a list of runs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError
+
+from klbench.errors import UserError, unknown
+from klbench.record import Score, Strict, Train
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class TaskEntry(Strict):
+    """A task of the grid; `beta` None takes the task's own, `lr` scales no one else's."""
+
+    beta: float | None = Field(None, gt=0, allow_inf_nan=False)
+    train: dict[str, Any] = Field(default_factory=dict)
+    score: dict[str, Any] = Field(default_factory=dict)
+
+
+class Suite(Strict):
+    """The grid. `methods` overrides train settings by objective, `tasks` by task; the method's word is last."""
+
+    name: str = Field(pattern=r"^[a-z0-9_]+$")
+    summary: str = ""
+    prior: str = "mini"
+    tasks: dict[str, TaskEntry]
+    objectives: list[str]
+    samplers: list[str] = Field(default_factory=list)
+    seeds: list[int] = Field(default_factory=lambda: [0])
+    train: Train = Train()
+    score: Score = Score()
+    methods: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+    def train_of(self, task: str, objective: str) -> Train:
+        """Settings of one cell: the suite's, then the task's, then the method's. Raises UserError on an unknown key."""
+        own = self.methods.get(objective, {})
+        by_task = own.get("tasks", {}).get(task, {})
+        return merged(
+            self.train,
+            f"train settings of {objective} on {task}",
+            self.tasks[task].train,
+            {k: v for k, v in own.items() if k != "tasks"},
+            by_task,
+        )
+
+    def score_of(self, task: str) -> Score:
+        """Scoring of one task: the suite's, then the task's."""
+        return merged(self.score, f"score settings of {task}", self.tasks[task].score)
+
+
+def merged(model: M, where: str, *changes: dict[str, Any]) -> M:
+    """The model with keys replaced in order; an unknown key or a bad value is a UserError that names it."""
+    data = model.model_dump()
+    for change in changes:
+        for key, value in change.items():
+            if key not in type(model).model_fields:
+                raise unknown(f"key in {where}", key, type(model).model_fields)
+            data[key] = value
+    return checked(type(model), data, where)
+
+
+def checked(model: type[M], data: Any, where: str) -> M:
+    """`model` from plain data, or a UserError with the key's path and the nearest known key."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise unknown(f"key in {where}", path, _keys_at(model, first["loc"])) from None
+        raise UserError(f"{where}: {path}: {first['msg']}, got {first.get('input')!r}"[:500]) from None
+
+
+def _keys_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    """Dotted names of the fields beside the unknown key at `loc`."""
+    prefix = ".".join(str(part) for part in loc[:-1])
+    fields: Iterable[str] = model.model_fields
+    for part in loc[:-1]:
+        annotation = getattr(model.model_fields.get(str(part)), "annotation", None)
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            model, fields = annotation, annotation.model_fields
+        else:
+            fields = TaskEntry.model_fields
+    return [f"{prefix}.{f}" if prefix else f for f in fields]
+
+
+def names() -> list[str]:
+    """Names of the suites that ship."""
+    return sorted(p.name.removesuffix(".yaml") for p in files("klbench.suites").iterdir() if p.name.endswith(".yaml"))
+
+
+def load(name_or_path: str, settings: Iterable[str] = ()) -> Suite:
+    """A shipped suite by name or any YAML file by path, with `key.path=value` settings applied. Raises UserError."""
+    if name_or_path.endswith((".yaml", ".yml")) or "/" in name_or_path:
+        path = Path(name_or_path)
+        if not path.is_file():
+            raise UserError(f"no suite file at {path}")
+        text, where = path.read_text(encoding="utf-8"), str(path)
+    else:
+        name = name_or_path.replace("-", "_")
+        if name not in names():
+            raise unknown("suite", name_or_path, names())
+        text, where = files("klbench.suites").joinpath(f"{name}.yaml").read_text(encoding="utf-8"), f"suite {name}"
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{where}: a mapping expected")
+    checked(Suite, data, where)
+    for setting in settings:
+        apply(data, setting)
+    suite = checked(Suite, data, where if not settings else "--set")
+    for method in suite.methods:
+        for task in suite.tasks:
+            suite.train_of(task, method)
+    return suite
+
+
+def apply(data: dict[str, Any], setting: str) -> None:
+    """Put one `key.path=value` (value in YAML) into plain data; `beta=0.1` sets it for every task. Raises UserError."""
+    match = re.fullmatch(r"([\w./:-]+)=(.*)", setting, re.S)
+    if not match:
+        raise UserError(f"--set {setting!r}: key=value expected")
+    path = match.group(1).split(".")
+    try:
+        value = yaml.safe_load(match.group(2))
+    except yaml.YAMLError:
+        raise UserError(f"--set {setting!r}: the value is not YAML") from None
+    if path == ["beta"]:
+        for name in data["tasks"]:
+            data["tasks"][name] = {**(data["tasks"][name] or {}), "beta": value}
+        return
+    for key, model in (("train", Train), ("score", Score)):
+        if path[0] == key and len(path) == 2 and path[1] not in model.model_fields:
+            raise unknown("setting", match.group(1), [f"{key}.{f}" for f in model.model_fields])
+    if path[0] not in Suite.model_fields:
+        raise unknown("setting", match.group(1), [*Suite.model_fields, "beta", *(f"train.{f}" for f in Train.model_fields)])
+    at = data
+    for part in path[:-1]:
+        if at.get(part) is None:
+            at[part] = {}
+        at = at[part]
+        if not isinstance(at, dict):
+            raise UserError(f"--set {setting!r}: {part} holds no keys")
+    at[path[-1]] = value

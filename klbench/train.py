@@ -1,0 +1,183 @@
+"""The training loop: draw, reward, loss, step, checkpoint.
+
+One step takes three passes and no more: the draws (log-probabilities kept as they fall), the prior's teacher-forced pass (spared where
+the objective does not need it, or where the prior made the draws), and the policy's pass with gradient, once an epoch of the objective.
+Every draw comes from a seed of the run and the step alone, so a run that was killed goes on bit for bit from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from klbench import method, streams
+from klbench.batch import Batch
+from klbench.errors import UserError
+from klbench.method import AbstractStatefulObjective, Objective, State
+from klbench.policies.causal_lm import CausalLM, load
+from klbench.record import Run
+from klbench.target import TiltedPrior
+from klbench.task import AbstractTask
+
+Curve = list[dict[str, float]]
+Report = Callable[[dict[str, Any]], None]
+
+
+def train(
+    run: Run, task: AbstractTask, prior: CausalLM, folder: Path, report: Report = lambda event: None, include: tuple[Path, ...] = ()
+) -> tuple[CausalLM, Curve]:
+    """The policy of a run and its curve; `folder` holds both when this returns, or held them before.
+
+    Raises UserError when the loss is not finite (with the step), or when the task has no train split.
+    """
+    if (folder / "curve.jsonl").is_file():
+        curve = [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
+        return load(folder, run.id, device=str(prior.device)), curve
+    settings = run.train
+    assert settings is not None
+    objective = method.objective(run.method, include)
+    prompts, target = task.prompts("train"), task.target(prior, run.beta)
+    policy = CausalLM(run.id, copy.deepcopy(prior.model), prior.tokenizer)
+    state: State = objective.init(len(prompts)) if isinstance(objective, AbstractStatefulObjective) else {}
+    own = [t for t in state.values() if t.requires_grad]
+    groups: list[dict[str, Any]] = [{"params": list(policy.model.parameters()), "scale": settings.lr}]
+    if own:
+        assert isinstance(objective, AbstractStatefulObjective)
+        groups.append({"params": own, "scale": objective.state_lr})
+    adam = torch.optim.Adam(groups, lr=settings.lr, betas=(0.9, 0.95))
+    work = folder.with_name(f".{folder.name}.work")
+    start, curve = _restore(work, policy, adam, state)
+    for step in range(start, settings.steps):
+        for group in adam.param_groups:
+            group["lr"] = group["scale"] * (1 - 0.9 * step / settings.steps)
+        row, state = _step(run, objective, policy, prior, target, prompts, state, adam, step)
+        row["tokens"] += curve[-1]["tokens"] if curve else 0.0
+        curve.append(row)
+        report({"phase": "train", "step": step + 1, "of": settings.steps, "reward": row["reward"]})
+        if (step + 1) % settings.checkpoint_every == 0 and step + 1 < settings.steps:
+            _checkpoint(work, step + 1, policy, adam, state, curve)
+    _finish(folder, work, policy, curve)
+    return policy, curve
+
+
+def _step(
+    run: Run, objective: Objective, policy: CausalLM, prior: CausalLM, target: TiltedPrior, prompts: list[str],
+    state: State, adam: torch.optim.Optimizer, step: int,
+) -> tuple[dict[str, float], State]:  # fmt: skip
+    settings = run.train
+    assert settings is not None
+    device = policy.device
+    chosen = batch_of(len(prompts), settings.prompts, run.seed, step)
+    some = [prompts[i] for i in chosen]
+    low = torch.autocast(device.type, torch.bfloat16) if settings.dtype == "bfloat16" else nullcontext()
+    drawer = policy if objective.draws == "policy" else prior
+    with low:
+        draws = drawer.sample(some, settings.samples, run.max_new_tokens, streams.seed(run.seed, f"train/draws/{run.task}/{step}"))
+        reward = torch.from_numpy(target.rewards(some, drawer.decode(draws.tokens, draws.mask))).float()
+        if not objective.needs_prior:
+            log_p0 = torch.zeros_like(draws.log_q)
+        elif drawer is prior:
+            log_p0 = draws.log_q
+        else:
+            log_p0 = prior.log_prob(some, draws.tokens, draws.mask)
+    loss = torch.zeros(())
+    first: Tensor | None = None
+    for _ in range(objective.epochs):
+        with low:
+            log_q = policy.log_probs(some, draws.tokens).masked_fill(~draws.mask.to(device), 0.0)
+        if first is None:
+            first = log_q.detach()
+        batch = Batch(
+            tokens=draws.tokens.to(device), mask=draws.mask.to(device), log_q=log_q, log_p0=log_p0.to(device), reward=reward.to(device),
+            log_weight=torch.zeros_like(reward, device=device), old_log_q=first, prompt=torch.tensor(chosen, device=device),
+        )  # fmt: skip
+        if isinstance(objective, AbstractStatefulObjective):
+            loss, after = objective.loss(batch, run.beta, state)
+            state = {k: v if state[k].requires_grad else v.detach() for k, v in after.items()}
+        else:
+            loss = objective.loss(batch, run.beta)
+        if not math.isfinite(float(loss)):
+            raise UserError(f"{run.id}: the loss is {float(loss)} at step {step}; lower train.lr or raise beta")
+        adam.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
+        adam.step()
+    assert first is not None
+    total_q, total_0 = (first.cpu() * draws.mask).sum(2), (log_p0 * draws.mask).sum(2)
+    row = {
+        "step": float(step + 1),
+        "reward": float(reward.mean()),
+        "entropy": float(-total_q.mean()),
+        "loss": float(loss),
+        "tokens": float(draws.mask.sum()),
+    }
+    if objective.needs_prior:
+        row["kl_prior"] = float((total_q - total_0).mean())
+    return row, state
+
+
+def batch_of(prompts: int, size: int, seed: int, step: int) -> list[int]:
+    """Indices of a step's prompts: an endless shuffle of the train split, a function of seed and step alone."""
+    size = min(size, prompts)
+    out: list[int] = []
+    for at in range(step * size, (step + 1) * size):
+        epoch, place = divmod(at, prompts)
+        generator = torch.Generator().manual_seed(streams.seed(seed, f"train/prompts/{epoch}"))
+        out.append(int(torch.randperm(prompts, generator=generator)[place]))
+    return out
+
+
+def _checkpoint(work: Path, step: int, policy: CausalLM, adam: torch.optim.Optimizer, state: State, curve: Curve) -> None:
+    """All that the next step needs, in a folder that appears whole under its final name."""
+    part = work / f".{step}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    save_file({k: v.detach().cpu().contiguous().clone() for k, v in policy.model.state_dict().items()}, part / "weights.safetensors")
+    moments = {f"{i}.{k}": torch.as_tensor(v).cpu().contiguous() for i, row in adam.state_dict()["state"].items() for k, v in row.items()}
+    save_file(moments, part / "adam.safetensors")
+    save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, part / "state.safetensors")
+    (part / "curve.jsonl").write_text("".join(json.dumps(row) + "\n" for row in curve))
+    part.rename(work / f"{step}")
+    for old in work.iterdir():
+        if old.name != f"{step}":
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _restore(work: Path, policy: CausalLM, adam: torch.optim.Optimizer, state: State) -> tuple[int, Curve]:
+    """Loads the newest checkpoint in place; (0, []) when there is none."""
+    steps = sorted(int(p.name) for p in work.iterdir() if p.name.isdigit()) if work.is_dir() else []
+    if not steps:
+        return 0, []
+    at = work / str(steps[-1])
+    policy.model.load_state_dict(load_file(at / "weights.safetensors"))
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, value in load_file(at / "adam.safetensors").items():
+        index, key = name.split(".")
+        moments.setdefault(int(index), {})[key] = value
+    adam.load_state_dict({**adam.state_dict(), "state": moments})
+    with torch.no_grad():
+        for name, value in load_file(at / "state.safetensors").items():
+            state[name].copy_(value)
+    return steps[-1], [json.loads(line) for line in (at / "curve.jsonl").read_text().splitlines()]
+
+
+def _finish(folder: Path, work: Path, policy: CausalLM, curve: Curve) -> None:
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    policy.save(part)
+    (part / "curve.jsonl").write_text("".join(json.dumps(row) + "\n" for row in curve))
+    shutil.rmtree(folder, ignore_errors=True)  # without its curve: left by a kill inside this function
+    os.replace(part, folder)
+    shutil.rmtree(work, ignore_errors=True)

@@ -1,0 +1,64 @@
+"""factuality: name an element's symbol or a country's capital; the reward is 1 when the continuation starts with the answer.
+
+r(c, x) = 1[ the first word or words of x are an answer to c ]        accents folded; symbols keep their case
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import unicodedata
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import ClassVar, final
+
+from klbench.target import Policy, Reward, TiltedPrior
+from klbench.task import SPLITS, AbstractTask
+
+
+def fold(text: str) -> str:
+    """Accents off; case stays."""
+    return "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+
+
+@functools.cache
+def _rows(split: str) -> list[dict[str, str]]:
+    text = files(__package__).joinpath(f"{split}.jsonl").read_text(encoding="utf-8")
+    return [json.loads(row) for row in text.splitlines()]
+
+
+@functools.cache
+def _answers() -> dict[str, re.Pattern[str]]:
+    """For each prompt the pattern that a right continuation starts with: the answer, then no further letter or digit."""
+    return {row["prompt"]: re.compile(re.escape(fold(row["answer"])) + r"(?!\w)") for split in SPLITS for row in _rows(split)}
+
+
+def correct(prompts: list[str], completions: list[str], **kwargs: object) -> list[float]:
+    """1.0 where the continuation starts with the answer, else 0.0. Raises KeyError for a prompt that is not of this task."""
+    answers = _answers()
+    return [1.0 if answers[p].match(fold(c).lstrip(" \"'“‘(")) else 0.0 for p, c in zip(prompts, completions, strict=True)]
+
+
+@final
+@dataclass(frozen=True)
+class Factuality(AbstractTask):
+    """Facts that the prior half knows, asked in wordings that differ between the splits."""
+
+    name: ClassVar[str] = "factuality"
+    version: ClassVar[int] = 1
+    summary: ClassVar[str] = "symbols of elements and capitals of countries, reward = exact first word"
+    max_new_tokens: ClassVar[int] = 6
+    beta: ClassVar[float] = 0.33
+
+    def prompts(self, split: str) -> list[str]:
+        return [row["prompt"] for row in _rows(split)]
+
+    def target(self, prior: Policy, beta: float) -> TiltedPrior:
+        return TiltedPrior(prior, correct, beta, 1.0)
+
+    def gold(self) -> Reward | None:
+        return None
+
+    def features(self) -> tuple[Reward, float] | None:
+        return None
