@@ -152,8 +152,10 @@ def train(
 
     from klbench import api
 
-    asked: dict[str, Any] = {"prior": prior, "task": task, "objective": objective, "out": out, "beta": beta, "train": settings, "seed": seed,
-             "device": device, "include": tuple(include or ())}  # fmt: skip
+    asked: dict[str, Any] = {
+        "prior": prior, "task": task, "objective": objective, "out": out, "beta": beta, "train": settings, "seed": seed,
+        "device": device, "include": tuple(include or ()),
+    }  # fmt: skip
     api.train(**{name: value for name, value in asked.items() if value is not None})
     print(out)
 

@@ -26,6 +26,7 @@ from typing import Any, Final, final
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import entr
 
 from klbench import estimate, weights
 from klbench.estimate import BLOCKS, Array, Estimate, Jackknife
@@ -255,7 +256,7 @@ def _unseen(name: str, figure: Estimate, hidden: Array) -> Estimate:
         return replace(figure, low=max(0.0, low - e), high=min(1.0, high + e), population=None)
     if name == "js":
         return replace(figure, low=max(0.0, (1 - e) * low), high=min(math.log(2), (1 - e) * high + e * math.log(2)), population=None)
-    entropy = float(np.mean(-hidden * np.log(hidden) - (1 - hidden) * np.log1p(-hidden)))
+    entropy = float(np.mean(entr(hidden) + entr(1 - hidden)))
     return replace(figure, low=max(0.0, (1 - e) * low - entropy), high=high + e + entropy, population=None)
 
 
@@ -268,7 +269,7 @@ def kl_prior(own: Rows) -> Jackknife:
 
 
 def regressed(y: Array, x: Array) -> Jackknife:
-    """Means over draws [P, N] of y - c x, where x has mean 0 under the draws' law; c by least squares with intercept, a prompt at a time."""
+    """Means over draws [P, N] of y - c x, x of mean 0 under the draws' law; c by least squares with intercept, a prompt at a time."""
 
     def mean(y: Array, x: Array) -> Array:
         dx = x - x.mean(1, keepdims=True)
@@ -281,7 +282,7 @@ def regressed(y: Array, x: Array) -> Jackknife:
 
 
 def bounded_mean(own: Array, control: Array | None, span: float) -> Estimate:
-    """E_q of a bounded figure [P, N], regressed on the mean-0 `control`; a figure that never varies gets 3 span / (N P), never zero width."""
+    """E_q of a bounded figure [P, N], regressed on the mean-0 `control`; one that never varies gets 3 span / (N P), never zero width."""
     jack = estimate.jackknife(own) if control is None else regressed(own, control)
     figure = jack.mean(n=own.size)
     if figure.stderr == 0.0 and span > 0:
@@ -332,7 +333,7 @@ class Frontier:
 
 
 def frontier(bank: Array, reward_max: Array, lams: Array) -> Frontier:
-    """KL*(R(lambda)) = lambda R - E_c log Z(c; lambda) at R(lambda) = E_c E_p*[r], from all prior rewards [P, N0]; reach below 1 is left out.
+    """KL*(R(lambda)) = lambda R - E_c log Z(c; lambda) at R(lambda) = E_c E_p*[r], from all prior rewards [P, N0]; none at reach below 1.
 
     The band is that of KL* at fixed R: by the envelope theorem its error is log Z's, jackknifed, stretched downwards by the widening.
     """

@@ -76,7 +76,8 @@ def cell(run: Run, out: Path, report: Report, include: tuple[Path, ...] = (), de
     prior = load_prior(run.prior, device)
     target = task.target(prior, run.beta)
     bank = banks.open_bank(task, prior, target, out / "banks")
-    started, curve, policy = time.perf_counter(), [], None
+    started, policy = time.perf_counter(), None
+    curve: Curve = []
     if run.kind == "objective":
         policy, curve = train(run, task, prior, out / "policies" / run.id, report, include)
     trained = time.perf_counter()

@@ -91,7 +91,7 @@ def _step(
             log_p0 = draws.log_q
         else:
             log_p0 = prior.log_prob(some, draws.tokens, draws.mask)
-    loss = torch.zeros(())
+    value = 0.0
     first: Tensor | None = None
     for _ in range(objective.epochs):
         with low:
@@ -107,10 +107,11 @@ def _step(
             state = {k: v if state[k].requires_grad else v.detach() for k, v in after.items()}
         else:
             loss = objective.loss(batch, run.beta)
-        if not math.isfinite(float(loss)):
-            raise UserError(f"{run.id}: the loss is {float(loss)} at step {step}; lower train.lr or raise beta")
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise UserError(f"{run.id}: the loss is {value} at step {step}; lower train.lr or raise beta")
         adam.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
         adam.step()
     assert first is not None
@@ -119,7 +120,7 @@ def _step(
         "step": float(step + 1),
         "reward": float(reward.mean()),
         "entropy": float(-total_q.mean()),
-        "loss": float(loss),
+        "loss": value,
         "tokens": float(draws.mask.sum()),
     }
     if objective.needs_prior:

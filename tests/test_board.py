@@ -76,7 +76,7 @@ def records() -> list[Record]:
         return list(hard + mean + noise - noise.mean())
 
     return [
-        record("prior", free(2.0), 2.0, kind="policy", curve=[]),
+        record("ancestral", free(2.0), 2.0, kind="policy", curve=[]),
         record("rloo", free(0.1), 0.1),
         record("dpo", free(0.501), 0.501),
         record("grpo", free(0.5), 0.5, "uncertified", prompts={"reward_max": [1.0] * 40}),
@@ -143,7 +143,7 @@ def test_order_and_ranks(records: list[Record]) -> None:
         ("rloo", (1, 1), "objective"),
         ("grpo", (2, 3), "objective"),
         ("dpo", (2, 3), "objective"),
-        ("prior", (4, 4), "null"),
+        ("ancestral", (4, 4), "null"),
     ]
 
 
@@ -245,7 +245,7 @@ def test_csv_reads_back_and_runs_no_formula() -> None:
     harm = record('=HYPERLINK("http://x")', [0.1, 0.2], task="@SUM(1)", prior="\t+1", columns={"forward_kl": exactly(math.inf)})
     fine = record("b", [-1.0, -2.0], -1.5, "uncertified", task="zoo")
     rows = list(csv.DictReader(io.StringIO(Board.of([harm, fine]).to_csv())))
-    assert [r["method"] for r in rows] == ["'=HYPERLINK(\"http://x\")", "b"]
+    assert [r["method"] for r in rows] == ['\'=HYPERLINK("http://x")', "b"]
     assert rows[0]["task"] == "'@SUM(1)" and rows[0]["prior"] == "'+1"
     assert float(rows[1]["reverse_kl"]) == -1.5 and rows[1]["reverse_kl_low"] == "" and rows[1]["reverse_kl_status"] == "uncertified"
     assert float(rows[0]["reverse_kl_low"]) == pytest.approx(0.15 - 0.021447866879)

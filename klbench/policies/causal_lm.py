@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.utils import logging
 
 from klbench.errors import UserError
 from klbench.target import Draws
@@ -333,10 +335,15 @@ def load(
     if not torch.cuda.is_available() and str(device).startswith("cuda"):
         raise UserError(f"device {device!r} asked for, and this machine has no CUDA device")
     kind = getattr(torch, dtype)
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # a bar a worker would tear klbench's own display
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=kind, use_safetensors=True, trust_remote_code=trust_remote_code, local_files_only=local
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise UserError(f"no model could be loaded from {folder}: {' '.join(str(error).split())[:300]}") from None
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     return wrap(name, model, tokenizer_of(folder, trust_remote_code), device)

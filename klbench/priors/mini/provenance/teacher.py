@@ -146,7 +146,7 @@ class Teacher:
                 parts_ids.append(i)
                 parts_probs.append(p)
                 if depth + 2 < length:
-                    parts_kv.append([(torch.cat([k, nk], 2), torch.cat([v, nv], 2)) for (k, v), (nk, nv) in zip(past, fresh)])
+                    parts_kv.append([(torch.cat([k, nk], 2), torch.cat([v, nv], 2)) for (k, v), (nk, nv) in zip(past, fresh, strict=True)])
             ids, probs = np.concatenate(parts_ids), np.concatenate(parts_probs)
             if parts_kv:
                 cache = [tuple(torch.cat([part[i][j] for part in parts_kv]) for j in (0, 1)) for i in range(len(self.layers))]

@@ -113,7 +113,7 @@ class Corpus:
             first = spelling.first[tree["ids"].astype(int)]  # [laws, 48]
             probs = tree["probs"].astype(np.float32)
             inner = set(tree["parent"].tolist())
-            rows, weights, held = [], [], []
+            rows, held = [], []
             for leaf in range(1, len(tree["parent"])):
                 if leaf in inner:
                     continue
@@ -124,7 +124,7 @@ class Corpus:
                 path = path[::-1]
                 pieces, labels = [], []  # labels: index of a law, or -1 - piece for a certain one
                 tokens = [int(t) for t in tree["token"][path[1:]]]
-                for up, token in zip(path, tokens):
+                for up, token in zip(path, tokens, strict=False):  # the leaf has no next token
                     labels.append(law[up])
                     if token == END:
                         pieces.append(0)
@@ -202,7 +202,7 @@ def fit(args: argparse.Namespace) -> None:
     width = 128
     config = LlamaConfig(
         vocab_size=len(mini), hidden_size=width, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
-        max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None, eos_token_id=0, pad_token_id=0, attn_implementation="sdpa",
+        max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None, eos_token_id=0, pad_token_id=0,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     rows = torch.tensor([teacher.tokenizer.convert_tokens_to_ids(t) for t in mini.convert_ids_to_tokens(range(len(mini)))])
@@ -264,12 +264,12 @@ def evaluate(args: argparse.Namespace) -> None:
         return sum(float(logp[i, : len(r)].sum()) for i, r in enumerate(rows))
 
     families: dict[str, dict[str, float]] = {}
-    for q, held in zip(corpus.prompts, corpus.held):
+    for q, held in zip(corpus.prompts, corpus.held, strict=True):
         rng = np.random.default_rng(0)
         w = np.array([c for _, c in held], np.float64)
         if not len(w):
             continue
-        chosen = [held[i][0] for i in rng.choice(len(held), min(24, len(held)), p=w / w.sum())]
+        chosen = [held[i][0] for i in rng.choice(len(held), min(10, len(held)), p=w / w.sum())]
         chosen = [r for r in chosen if any(t != END for t in r[2])]
         if not chosen:
             continue
