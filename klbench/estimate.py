@@ -51,6 +51,8 @@ class Estimate:
             number = getattr(self, name)
             if number is not None and math.isnan(number):
                 raise ValueError(f"{name} of an estimate is NaN; an undefined figure is None with a status")
+        if any(map(math.isnan, self.population or ())):
+            raise ValueError("population of an estimate holds NaN")
 
     def to_json(self) -> dict[str, Any]:
         """A dict for JSON; infinite numbers become the strings "inf" and "-inf"."""
@@ -62,17 +64,20 @@ class Estimate:
 
     @classmethod
     def from_json(cls, data: Any) -> Estimate:
-        """The inverse of `to_json`; raises TypeError or ValueError on anything else."""
+        """The inverse of `to_json`; raises ValueError on anything else."""
         if isinstance(data, Estimate):
             return data
-        fields = dict(data)
-        for name in cls.NUMBERS:
-            if fields.get(name) is not None:
-                fields[name] = float(fields[name])
-        if fields.get("population") is not None:
-            low, high = fields["population"]
-            fields["population"] = (float(low), float(high))
-        return cls(**fields)
+        try:
+            given = dict(data)
+            for name in cls.NUMBERS:
+                if given.get(name) is not None:
+                    given[name] = float(given[name])
+            if given.get("population") is not None:
+                low, high = given["population"]
+                given["population"] = (float(low), float(high))
+            return cls(**given)
+        except TypeError as error:
+            raise ValueError(f"no estimate: {error}") from None
 
 
 def _finite_or_word(x: float | None) -> float | str | None:
@@ -126,6 +131,8 @@ class Jackknife:
 
         Degrees of freedom: 7 a prompt, 30 at most. `population` is the t interval with P - 1 of the per-prompt spread.
         """
+        if np.isposinf(self.full).any():
+            return exactly(math.inf, n, "a draw of positive weight has an infinite term")
         est, var = self.estimates, self.variances
         prompts = len(est)
         value = float(est.mean())
@@ -162,7 +169,7 @@ def by_reach(estimate: Estimate, reach: Array) -> Estimate:
         return replace(estimate, status="certified", reason=f"reach {least:.3g} prior draws at every prompt")
     if least >= WIDE:
         return replace(estimate, status="wide", reason=f"reach {least:.2g}: stretched by what {least:.2g} accepted prior draws could miss")
-    more = "no number of" if least <= 0 else f"{CERTIFIED / least:.0f} times the"
+    more = "no number of" if least <= 0 else f"{CERTIFIED / least:.3g} times the"
     reason = (
         f"an outcome with most of the posterior's mass could hide from the prior draws: reach {least:.2g}; {more} draws would certify it"
     )

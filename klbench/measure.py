@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import re
 from dataclasses import dataclass, field
-from typing import Final
+from typing import ClassVar, Final
 
 from klbench.errors import UserError, unknown
 
@@ -67,7 +67,7 @@ class Measure:
     estimator: str = ""
     options: tuple[tuple[str, int | float | str], ...] = field(default=())
 
-    OPTIONS: Final = ("draws", "interval", "n")  # type: ignore[misc]
+    OPTIONS: ClassVar = ("draws", "interval", "n")
 
     def __post_init__(self) -> None:
         if self.column not in COLUMNS and not self.column.startswith(("cost.", "lm_eval.")):
@@ -91,8 +91,9 @@ class Measure:
         column, estimator, inside = match.group(1), match.group(2) or "", match.group(3) or ""
         try:
             call = ast.parse(f"f({inside})", mode="eval").body
-            assert isinstance(call, ast.Call) and not call.args
+            assert isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and not call.args
             options = tuple((str(k.arg), ast.literal_eval(k.value)) for k in call.keywords)
+            assert len(dict(options)) == len(options) and all(isinstance(v, int | float | str) for _, v in options)
         except (SyntaxError, ValueError, AssertionError):
             raise UserError(f"measure {text!r}: name=value pairs expected in the brackets") from None
         return cls(column, estimator, options)

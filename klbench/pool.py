@@ -74,7 +74,7 @@ def _kept(x: Array, leave: int | None) -> Array:
 
 
 def _stable_exp(x: Array) -> Array:
-    return np.exp(np.minimum(x, 700.0))
+    return np.exp(np.minimum(x, 300.0))  # its square is finite too
 
 
 @final
@@ -93,13 +93,14 @@ class Pool:
         self.prompts = prompts
         self.draws = own.log_q.shape[1]
         self.bank_draws = bank.log_q.shape[1] + rest.shape[1]
-        self.all_bank = np.concatenate([bank.reward, rest], 1)
 
     def reach(self, inverse_beta: float, log_z: Array, k: Array | float = 0.0) -> Array:
         """[P] A = N_k Z exp(-r_max/beta); 0 where no ceiling was declared."""
         n0 = self.bank.log_q.shape[1]
         draws = 1.0 / ((1.0 - k) / n0 + np.asarray(k) / self.bank_draws)
-        return np.asarray(draws * np.exp(np.minimum(log_z - inverse_beta * self.reward_max, 0.0)))
+        ceiling = np.full(self.prompts, math.inf)  # stays infinite at inverse_beta = 0, where the product would be NaN
+        np.multiply(inverse_beta, self.reward_max, out=ceiling, where=np.isfinite(self.reward_max))
+        return np.asarray(draws * np.exp(np.minimum(log_z - ceiling, 0.0)))
 
     def fit(self, inverse_beta: float, k: Array | float, leave: int | None = None) -> tuple[Fit, Any]:
         """One fit at tilt = inverse_beta * reward, with block `leave` of every stratum left out; also the variances that choose k."""
@@ -111,12 +112,12 @@ class Pool:
         n0, n = _kept(self.bank.log_q, leave).shape[1], lq.shape[1]
         tilt = inverse_beta * reward
         log_m = np.logaddexp(math.log(n0 / n) + l0, math.log(1 - n0 / n) + lq)
-        top = np.max(inverse_beta * self.all_bank, axis=1, keepdims=True)
-        w = _stable_exp(l0 + tilt - top - log_m)
+        top = np.max(l0 + tilt - log_m, axis=1, keepdims=True)  # of the rows that are there: Z cannot vanish
+        w = np.exp(l0 + tilt - top - log_m)
         s = np.exp(lq - log_m)
         with np.errstate(invalid="ignore"):
             f = np.where(s > 0, lq - l0 - tilt, 0.0)  # a row that q cannot draw carries no weight
-        sA, sB = (np.where(s > 0, s * x, 0.0) for x in (A, B))
+        sA, sB = (s * np.where(s > 0, x, 0.0) for x in (A, B))
         X = np.stack([s - 1.0, sA, sB], 2)  # [P, n, 3]
         norm = np.sqrt((X**2).sum(1, keepdims=True))
         X = X / np.where(norm > 0, norm, 1.0)
@@ -133,6 +134,7 @@ class Pool:
         z_joint = u_rows.mean(1)
         rest = _kept(self.rest, leave)
         z_rest = _stable_exp(inverse_beta * rest - top).mean(1) if rest.shape[1] else z_joint
+        z_rest = np.where(z_rest > 1e-100, z_rest, z_joint)  # hundreds of nats below the scored rows: it says nothing
         z = (1 - k) * z_joint + k * z_rest
         log_z = np.log(z) + top[:, 0]
         free = m0 + f_rows.mean(1)
@@ -212,6 +214,8 @@ class Pool:
         return out, per_prompt, reach
 
     def _guard(self, figure: Estimate, reach: Array, known: bool) -> Estimate:
+        if figure.status == "exact":
+            return figure
         if known:
             return estimate.by_reach(figure, reach)
         blind = replace(figure, low=None, high=None, population=None, status="uncertified")
@@ -245,11 +249,13 @@ class Pool:
 
 def _xlog2(a: Array, b: Array) -> Array:
     """a log(2 a / (a + b)), 0 where a is 0."""
-    return np.where(a > 0, a * np.log(np.where(a > 0, 2 * a / (a + b), 1.0)), 0.0)
+    return np.where(a > 1e-300, a * np.log(np.where(a > 1e-300, 2 * a / (a + b), 1.0)), 0.0)
 
 
 def _unseen(name: str, figure: Estimate, hidden: Array) -> Estimate:
     """Intervals of tv, js and forward_kl when up to `hidden` [P] of p* was seen by nobody (ESTIMATORS.md section 5)."""
+    if figure.status == "exact":
+        return figure
     e = float(hidden.mean())
     low, high = figure.low or 0.0, figure.high or 0.0
     if name == "tv":
@@ -285,7 +291,7 @@ def bounded_mean(own: Array, control: Array | None, span: float) -> Estimate:
     """E_q of a bounded figure [P, N], regressed on the mean-0 `control`; one that never varies gets 3 span / (N P), never zero width."""
     jack = estimate.jackknife(own) if control is None else regressed(own, control)
     figure = jack.mean(n=own.size)
-    if figure.stderr == 0.0 and span > 0:
+    if span > 0 and (figure.stderr or 0.0) <= 1e-12 * max(span, abs(figure.value or 0.0)):  # constant but for rounding
         pad = 3.0 * span / own.size
         figure = replace(figure, low=(figure.low or 0.0) - pad, high=(figure.high or 0.0) + pad)
     return figure
@@ -338,7 +344,7 @@ def frontier(bank: Array, reward_max: Array, lams: Array) -> Frontier:
     The band is that of KL* at fixed R: by the envelope theorem its error is log Z's, jackknifed, stretched downwards by the widening.
     """
     rows = []
-    for lam in lams:
+    for lam in lams if np.isfinite(reward_max).all() else ():
         tilt = lam * bank
         log_z = weights.log_mean_exp(tilt)
         share = np.exp(tilt - tilt.max(1, keepdims=True))

@@ -103,7 +103,7 @@ def load(name_or_path: str, settings: Iterable[str] = ()) -> Suite:
         path = Path(name_or_path)
         if not path.is_file():
             raise UserError(f"no suite file at {path}")
-        text, where = path.read_text(encoding="utf-8"), str(path)
+        text, where = path.read_text(encoding="utf-8", errors="replace"), str(path)
     else:
         name = name_or_path.replace("-", "_")
         if name not in names():
@@ -111,7 +111,7 @@ def load(name_or_path: str, settings: Iterable[str] = ()) -> Suite:
         text, where = files("klbench.suites").joinpath(f"{name}.yaml").read_text(encoding="utf-8"), f"suite {name}"
     try:
         data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
         raise UserError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise UserError(f"{where}: a mapping expected")
@@ -119,8 +119,15 @@ def load(name_or_path: str, settings: Iterable[str] = ()) -> Suite:
     for setting in settings:
         apply(data, setting)
     suite = checked(Suite, data, where if not settings else "--set")
-    for method in suite.methods:
-        for task in suite.tasks:
+    for method, own in suite.methods.items():
+        by_task = own.get("tasks", {})
+        if not isinstance(by_task, dict) or not all(isinstance(change, dict) for change in by_task.values()):
+            raise UserError(f"{where}: methods.{method}.tasks: train settings by task expected, got {by_task!r}")
+        for task in by_task.keys() - suite.tasks.keys():
+            raise unknown(f"task under methods.{method}.tasks in {where}", task, suite.tasks)
+    for task in suite.tasks:
+        suite.score_of(task)
+        for method in dict.fromkeys([*suite.objectives, *suite.methods]):
             suite.train_of(task, method)
     return suite
 
@@ -133,11 +140,13 @@ def apply(data: dict[str, Any], setting: str) -> None:
     path = match.group(1).split(".")
     try:
         value = yaml.safe_load(match.group(2))
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise UserError(f"--set {setting!r}: the value is not YAML") from None
     if path == ["beta"]:
-        for name in data["tasks"]:
-            data["tasks"][name] = {**(data["tasks"][name] or {}), "beta": value}
+        tasks = data["tasks"]
+        if not isinstance(tasks, dict) or not all(isinstance(entry, dict | None) for entry in tasks.values()):
+            raise UserError(f"--set {setting!r}: the tasks hold no keys")
+        data["tasks"] = {name: {**(entry or {}), "beta": value} for name, entry in tasks.items()}
         return
     for key, model in (("train", Train), ("score", Score)):
         if path[0] == key and len(path) == 2 and path[1] not in model.model_fields:

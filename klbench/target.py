@@ -89,10 +89,13 @@ class TiltedPrior:
 
 def evaluate(reward: Reward, prompts: Sequence[str], completions: Sequence[Sequence[str]], ceiling: Array | None = None) -> Array:
     """[P, N] values of a reward (or of a gold reward or a feature, which have no ceiling to hold), checked at the one door."""
+    widths = {len(row) for row in completions}
+    if len(widths) > 1:
+        raise ValueError(f"as many completions of each prompt expected, got {sorted(widths)}")
     flat_prompts = [p for p, row in zip(prompts, completions, strict=True) for _ in row]
     flat = [c for row in completions for c in row]
     top = np.full(len(prompts), math.inf) if ceiling is None else ceiling
-    return _checked(reward, flat_prompts, flat, top).reshape(len(prompts), -1)
+    return _checked(reward, flat_prompts, flat, top).reshape(len(prompts), max(widths, default=0))
 
 
 def _checked(reward: Reward, prompts: list[str], completions: list[str], ceiling: Array) -> Array:

@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from klbench import bank as banks
 from klbench import streams, task
@@ -31,10 +32,10 @@ START, END = "<!-- base rates: start -->", "<!-- base rates: end -->"
 
 
 def cap_shares(prior: CausalLM, name: str, split: str) -> tuple[list[str], np.ndarray]:
-    """Share of 1,024 prior draws at the cap of each prompt; for bias the rarer pronoun's, whichever way lambda will point."""
+    """Share of 512 prior draws at the cap of each prompt; for bias the rarer pronoun's, whichever way lambda will point."""
     loaded = task.load(name)
     prompts = loaded.prompts(split)
-    draws = prior.sample(prompts, 1024, loaded.max_new_tokens, streams.seed(0, f"finish/{name}/{split}"))
+    draws = prior.sample(prompts, 512, loaded.max_new_tokens, streams.seed(0, f"finish/{name}/{split}"))
     texts = prior.decode(draws.tokens, draws.mask)
     feature = loaded.features()
     if feature is not None:
@@ -61,14 +62,14 @@ def lambdas(prior: CausalLM) -> None:
     from klbench_tasks.bias.task import Bias, fit_lambda
 
     every = [p for split in task.SPLITS for p in Bias().prompts(split)]
-    fitted = fit_lambda(prior, every, Bias.max_new_tokens, draws=8192)
+    fitted = fit_lambda(prior, every, Bias.max_new_tokens, draws=4096)
     path = ROOT / "tasks/bias/lambda.json"
     path.write_text(json.dumps({prior.weights_hash(): fitted}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"{len(fitted)} lambdas, largest standard error {max(r['stderr'] for r in fitted.values()):.3f}")
 
 
-def make_banks(prior: CausalLM) -> None:
-    for name in FAMILIES:
+def make_banks(prior: CausalLM, families: tuple[str, ...]) -> None:
+    for name in families:
         loaded = task.load(name)
         target = loaded.target(prior, loaded.beta)
         texts = loaded.prompts("score")
@@ -179,5 +180,11 @@ split, seed 0. The toxicity samples are offensive.
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=["prompts", "lambdas", "banks", "card"])
-    stage = parser.parse_args().stage
-    {"prompts": prompts, "lambdas": lambdas, "banks": make_banks, "card": card}[stage](load_prior("mini"))
+    parser.add_argument("families", nargs="*", default=FAMILIES, help="tasks whose banks to draw")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    mini = load_prior("mini")
+    if args.stage == "banks":
+        make_banks(mini, tuple(args.families))
+    else:
+        {"prompts": prompts, "lambdas": lambdas, "card": card}[args.stage](mini)

@@ -1,0 +1,156 @@
+"""Runs have addresses, records say which key is bad, files are whole or not there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from klbench import record
+from klbench.errors import UserError
+from klbench.estimate import Estimate
+from klbench.record import FrontierPoint, Record, Run, Sample, Score, Train, digest, write_atomically
+
+ASKED: dict[str, Any] = {
+    "task": "toxicity/threat", "task_version": 1, "method": "best_of_n:4", "kind": "sampler", "prior": "mini", "beta": 0.25, "seed": 3,
+    "max_new_tokens": 8, "score": Score(draws=32),
+}  # fmt: skip
+
+
+def a_record(**change: Any) -> Record:
+    fields: dict[str, Any] = {
+        "run": Run(**ASKED, train=None),
+        "status": "certified",
+        "columns": {"reverse_kl": Estimate(0.5, 0.4, 0.6, 0.05, 64, 20.0), "forward_kl": Estimate(math.inf, math.inf, math.inf, status="exact")},
+        "prompt_ids": ["p0", "p1"],
+        "prompts": {"free": [0.25, -1.5]},
+        "frontier": [FrontierPoint(lam=1, reward=0.5, kl=0.25, low=0.2, high=0.3, reach=99)],
+        "samples": [Sample(prompt="The né", completion="\n“x”", reward=1.0, log_p0=-3.0, log_q=None)],
+        "cost": {"samples": 64, "machine": {"seconds": 1.5}},
+    }
+    return Record(**{**fields, **change})
+
+
+def test_a_run_is_addressed_by_what_was_asked() -> None:
+    run = Run(**ASKED)
+    stem, last = run.id.rsplit("-", 1)
+    assert stem == "toxicity_threat-best_of_n_4-b0.25-s3"
+    plain = json.dumps(run.model_dump(mode="json"), sort_keys=True, ensure_ascii=False).encode()
+    assert last == hashlib.sha256(plain).hexdigest()[:8]
+    assert Run(**ASKED).id == run.id
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"beta": 0.2500001}, {"seed": 4}, {"task_version": 2}, {"max_new_tokens": 9}, {"score": Score(draws=33)}, {"train": Train()},
+     {"hashes": {"bank": "a"}}, {"prior": "other"}, {"kind": "policy"}, {"method": "best_of_n:5"}],
+)  # fmt: skip
+def test_whatever_is_asked_moves_the_address(change: dict[str, Any]) -> None:
+    assert Run(**{**ASKED, **change}).id != Run(**ASKED).id
+
+
+@pytest.mark.parametrize(
+    "change", [{"beta": 0.0}, {"beta": math.inf}, {"beta": math.nan}, {"seed": -1}, {"kind": "tuner"}, {"max_new_tokens": 0}, {"sede": 1}]
+)
+def test_a_run_that_makes_no_sense_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        Run(**{**ASKED, **change})
+
+
+@pytest.mark.parametrize("model, change", [(Train, {"samples": 1}), (Train, {"dtype": "half"}), (Train, {"lr": -1}), (Score, {"draws": 15}), (Score, {"bank": 15})])  # fmt: skip
+def test_settings_below_what_an_estimator_needs_are_refused(model: Any, change: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        model(**change)
+
+
+def test_a_record_reads_back_as_it_was_written(tmp_path: Path) -> None:
+    there, path = a_record(), tmp_path / "a.json"
+    write_atomically(path, there.to_json().encode())
+    back = Record.read(path)
+    assert back == there and back.to_json() == there.to_json()
+    text = path.read_text()
+    assert text.endswith("}\n") and "“x”" in text and '"value": "inf"' in text
+    assert list(json.loads(text)) == sorted(json.loads(text))
+
+
+def test_only_the_machine_may_differ_between_equal_runs() -> None:
+    other = a_record(cost={"samples": 64, "machine": {"seconds": 9.0}})
+    assert other != a_record() and other.comparable() == a_record().comparable()
+    assert a_record(cost={"samples": 65}).comparable() != a_record().comparable()
+    assert other.cost["machine"] == {"seconds": 9.0}  # asking changes nothing
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_number_that_is_not_finite_is_not_written(bad: float) -> None:
+    with pytest.raises(ValueError):
+        a_record(prompts={"free": [bad, 0.0]}).to_json()
+
+
+def spoilt(path: list[str], value: Any) -> str:
+    data = json.loads(a_record().to_json())
+    at = data
+    for part in path[:-1]:
+        at = at[part]
+    at[path[-1]] = value
+    return json.dumps(data)
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        (spoilt(["run", "beta"], -1), "run.beta"),
+        (spoilt(["run", "colour"], 1), "run.colour"),
+        (spoilt(["columns", "reverse_kl", "status"], "fine"), "columns.reverse_kl"),
+        (spoilt(["columns", "reverse_kl"], 5), "columns.reverse_kl"),
+        (spoilt(["columns", "reverse_kl", "vlaue"], 5), "columns.reverse_kl"),
+        (spoilt(["schema_version"], 2), "schema_version"),
+        (spoilt(["prompts", "free"], ["a"]), "prompts.free.0"),
+        ('{"run": ', "the file"),
+        ("", "the file"),
+        ("[1]", "the file"),
+    ],
+)
+def test_a_bad_record_names_file_and_key(text: str, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        Record.read(path)
+    assert str(error.value).startswith(f"{path}: {says}: ")
+
+
+def test_a_record_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no record at .*gone.json"):
+        Record.read(tmp_path / "gone.json")
+    with pytest.raises(UserError, match="cannot be read"):
+        Record.read(tmp_path)
+    (tmp_path / "b.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="b.json: cannot be read"):
+        Record.read(tmp_path / "b.json")
+
+
+def test_digest_does_not_depend_on_the_order_of_keys() -> None:
+    assert digest({"b": 1, "a": [2, "é"]}) == digest({"a": [2, "é"], "b": 1}) == hashlib.sha256('{"a": [2, "é"], "b": 1}'.encode()).hexdigest()
+    assert digest([1, 2]) != digest([2, 1])
+
+
+def test_the_old_file_outlives_a_write_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "deep" / "a.bin"
+    write_atomically(path, b"old")
+    assert path.read_bytes() == b"old" and path.stat().st_mode & 0o777 == 0o644
+
+    def dies(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(record.os, "replace", dies)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, b"new")
+    monkeypatch.undo()
+    assert path.read_bytes() == b"old" and os.listdir(path.parent) == ["a.bin"]
+    write_atomically(path, b"new")
+    assert path.read_bytes() == b"new"
