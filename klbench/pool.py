@@ -147,7 +147,7 @@ class Pool:
         return fit, (u_rows / z_joint[:, None], f_rows, n0, rest, z_joint, top)
 
     def choose_k(self, inverse_beta: float) -> Array:
-        """[P] share of the unscored bank in Z: least sum of se/sqrt(P) and widening. 0 when there is no rest."""
+        """[P] share of the unscored bank in Z: least sum of se/sqrt(P) and widening among those that certify. 0 when there is no rest."""
         if not self.rest.shape[1]:
             return np.zeros(self.prompts)
         fit, (u, f, n0, rest, z_joint, top) = self.fit(inverse_beta, 0.0)
@@ -165,9 +165,10 @@ class Pool:
         v_r = w_rest.var(1) / rest.shape[1]
         grid = np.linspace(0, 1, 41)[:, None]
         var = v_f + (1 - grid) ** 2 * v_u + 2 * (1 - grid) * c + grid**2 * v_r
-        width = 2 * np.sqrt(np.maximum(var, 0) / self.prompts) + estimate.widening(
-            np.maximum(self.reach(inverse_beta, fit.log_z, grid), 1e-300)
-        )
+        reach = self.reach(inverse_beta, fit.log_z, grid)
+        width = 2 * np.sqrt(np.maximum(var, 0) / self.prompts) + estimate.widening(np.maximum(reach, 1e-300))
+        certified = reach >= estimate.CERTIFIED
+        width = np.where(certified | ~certified.any(0), width, np.inf)  # where some k certifies, none that does not is worth its width
         return np.asarray(grid[width.argmin(0), 0])
 
     def lambda_hat(self, leave: int | None = None, start: float | None = None) -> float:

@@ -47,11 +47,16 @@ def test_nan_is_no_bound_of_a_population() -> None:
         Estimate(1.0, population=(0.0, math.nan))
 
 
-@pytest.mark.parametrize("data", [5, "x", None, {}, {"value": 1.0, "vlaue": 2.0}, {"value": "a lot"}, {"value": [1.0]}, {"value": "nan"},
-                                  {"value": 1.0, "population": 3}, {"value": 1.0, "population": [1.0]}, {"value": 1.0, "status": "good"}])  # fmt: skip
-def test_what_is_no_estimate_is_a_value_error(data: object) -> None:
+@pytest.mark.parametrize("data", [5, "x", None, {}, {"value": "a lot"}, {"value": [1.0]}, {"value": "nan"}])
+def test_what_holds_no_value_is_a_value_error(data: object) -> None:
     with pytest.raises(ValueError):
         Estimate.from_json(data)
+
+
+@pytest.mark.parametrize("more", [{"vlaue": 2.0}, {"population": 3}, {"population": [1.0]}, {"status": "good"}, {"NUMBERS": []}])
+def test_what_is_beside_the_value_is_checked_too(more: dict[str, object]) -> None:
+    with pytest.raises(ValueError):
+        Estimate.from_json({"value": 1.0, **more})
 
 
 def test_short_forms() -> None:

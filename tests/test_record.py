@@ -27,7 +27,10 @@ def a_record(**change: Any) -> Record:
     fields: dict[str, Any] = {
         "run": Run(**ASKED, train=None),
         "status": "certified",
-        "columns": {"reverse_kl": Estimate(0.5, 0.4, 0.6, 0.05, 64, 20.0), "forward_kl": Estimate(math.inf, math.inf, math.inf, status="exact")},
+        "columns": {
+            "reverse_kl": Estimate(0.5, 0.4, 0.6, 0.05, 64, 20.0),
+            "forward_kl": Estimate(math.inf, math.inf, math.inf, status="exact"),
+        },
         "prompt_ids": ["p0", "p1"],
         "prompts": {"free": [0.25, -1.5]},
         "frontier": [FrontierPoint(lam=1, reward=0.5, kl=0.25, low=0.2, high=0.3, reach=99)],
@@ -63,7 +66,10 @@ def test_a_run_that_makes_no_sense_is_refused(change: dict[str, Any]) -> None:
         Run(**{**ASKED, **change})
 
 
-@pytest.mark.parametrize("model, change", [(Train, {"samples": 1}), (Train, {"dtype": "half"}), (Train, {"lr": -1}), (Score, {"draws": 15}), (Score, {"bank": 15})])  # fmt: skip
+@pytest.mark.parametrize(
+    "model, change",
+    [(Train, {"samples": 1}), (Train, {"dtype": "half"}), (Train, {"lr": -1}), (Score, {"draws": 15}), (Score, {"bank": 15})],
+)
 def test_settings_below_what_an_estimator_needs_are_refused(model: Any, change: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         model(**change)
@@ -135,7 +141,8 @@ def test_a_record_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_digest_does_not_depend_on_the_order_of_keys() -> None:
-    assert digest({"b": 1, "a": [2, "é"]}) == digest({"a": [2, "é"], "b": 1}) == hashlib.sha256('{"a": [2, "é"], "b": 1}'.encode()).hexdigest()
+    wanted = hashlib.sha256('{"a": [2, "é"], "b": 1}'.encode()).hexdigest()
+    assert digest({"b": 1, "a": [2, "é"]}) == digest({"a": [2, "é"], "b": 1}) == wanted
     assert digest([1, 2]) != digest([2, 1])
 
 

@@ -65,7 +65,8 @@ def test_a_record_can_be_computed_again_from_its_samples(out: Path, method: str)
     again = Pool(rows(data, "own"), rows(data, "bank"), rest, np.ones(3)).columns(1 / found.run.beta)[0]
     assert again["reverse_kl"].value == found.columns["reverse_kl"].value
     assert again["wasted_nats"].value == found.columns["wasted_nats"].value
-    spoilt = Pool(rows(data, "own"), rows(data, "bank"), rest[:, ::2], np.ones(3)).columns(1 / found.run.beta)[0]
+    moved = {**data, "own_reward": data["own_reward"][:, ::-1]}  # the rewards of other draws
+    spoilt = Pool(rows(moved, "own"), rows(data, "bank"), rest, np.ones(3)).columns(1 / found.run.beta)[0]
     assert spoilt["reverse_kl"].value != found.columns["reverse_kl"].value
     assert pool.kl_prior(rows(data, "own")).mean(n=1).value == found.columns["kl_prior"].value
     texts = json.loads(data["text"].tobytes())

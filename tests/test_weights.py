@@ -44,6 +44,30 @@ def test_khat_finds_the_shape_of_a_pareto_law(shape: float) -> None:
     assert abs(weights.khat(w**2) - shape) > 0.15  # the law must be able to fail
 
 
+def literal_khat(w: list[float]) -> float:
+    """Zhang and Stephens 2009, in loops, over the excess above the largest weight that is left out."""
+    size = int(min(len(w) / 5, 3 * math.sqrt(len(w))))
+    *_, threshold = sorted(w)[: len(w) - size]
+    x = [v - threshold for v in sorted(w)[len(w) - size :]]
+    m = 30 + int(math.sqrt(size))
+    quartile = x[int(size / 4 + 0.5) - 1]
+    b = [1 / x[-1] + (1 - math.sqrt(m / (j - 0.5))) / (3 * quartile) for j in range(1, m + 1)]
+
+    def shape(theta: float) -> float:
+        return sum(math.log(1 - theta * v) for v in x) / size
+
+    score = [size * (math.log(-theta / shape(theta)) - shape(theta) - 1) for theta in b]
+    share = [math.exp(v - max(score)) for v in score]
+    theta = sum(t * v for t, v in zip(b, share, strict=True)) / sum(share)
+    return (size * shape(theta) + 0.5 * 10) / (size + 10)  # Vehtari et al. 2024: ten draws' worth of k = 0.5
+
+
+@pytest.mark.parametrize("draws", [25, 60, 300])
+def test_khat_is_the_literal_one(draws: int) -> None:
+    w = np.random.default_rng(draws).pareto(2.0, draws)
+    assert weights.khat(w) == pytest.approx(literal_khat(w.tolist()), rel=1e-9)
+
+
 def test_pairs_and_their_probabilities_by_hand() -> None:
     i, j = pairs(3)
     assert list(zip(i.tolist(), j.tolist(), strict=True)) == [(0, 1), (0, 2), (1, 2)]

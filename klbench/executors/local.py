@@ -33,6 +33,7 @@ ENVIRONMENT: Final = {
     "MKL_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONWARNINGS": "ignore:resource_tracker",  # joblib's semaphores go with the worker that is killed at the end
 }
 TRIES: Final = 2  # a worker killed from outside costs its cell one more start; a cell that kills two workers has failed
 GRACE: Final = 2.0  # seconds in which a stopped worker may remove its half-written files

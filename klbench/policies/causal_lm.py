@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
@@ -241,7 +242,8 @@ class CausalLM:
 
     def save(self, folder: Path) -> None:
         """Weights as safetensors, configuration and tokenizer: what `from_pretrained` loads."""
-        self.model.save_pretrained(folder)
+        with _no_bars():
+            self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
 
@@ -310,6 +312,18 @@ def _check_layout(policy: CausalLM) -> None:
         )
 
 
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """transformers' progress bars off for a while: a bar a worker would tear klbench's own display."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def tokenizer_of(folder: str | Path, trust_remote_code: bool = False) -> Any:
     """The tokenizer in a directory or on a hub. Raises UserError when there is none."""
     try:
@@ -335,15 +349,11 @@ def load(
     if not torch.cuda.is_available() and str(device).startswith("cuda"):
         raise UserError(f"device {device!r} asked for, and this machine has no CUDA device")
     kind = getattr(torch, dtype)
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # a bar a worker would tear klbench's own display
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=kind, use_safetensors=True, trust_remote_code=trust_remote_code, local_files_only=local
-        )
+        with _no_bars():
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=kind, use_safetensors=True, trust_remote_code=trust_remote_code, local_files_only=local
+            )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise UserError(f"no model could be loaded from {folder}: {' '.join(str(error).split())[:300]}") from None
-    finally:
-        if bars:
-            logging.enable_progress_bar()
     return wrap(name, model, tokenizer_of(folder, trust_remote_code), device)

@@ -105,6 +105,16 @@ class Tabular:
         log_q = every.log_prob.detach().cpu()[rows[:, None], picked][..., :max_new_tokens]
         return Draws(every.tokens[picked][..., :max_new_tokens], every.mask[picked][..., :max_new_tokens], log_q.float())
 
+    def decode(self, tokens: Tensor, mask: Tensor) -> list[list[str]]:
+        """[P][N] texts: token ids with blanks between them, EOS left out."""
+        return [
+            [
+                " ".join(str(int(t)) for t, m in zip(row, keep, strict=True) if m and int(t) != self.eos)
+                for row, keep in zip(some, kept, strict=True)
+            ]
+            for some, kept in zip(tokens, mask, strict=True)
+        ]
+
     def log_prob(self, prompts: Sequence[str], tokens: Tensor, mask: Tensor) -> Tensor:
         """[P, N, T] with gradient; T may be below the table's length. Raises UserError for a sequence that no answer begins with."""
         every, length = self.enumerate(), tokens.shape[2]

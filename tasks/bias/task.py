@@ -86,7 +86,7 @@ class Bias(AbstractTask):
     name: ClassVar[str] = "bias"
     version: ClassVar[int] = 1
     summary: ClassVar[str] = "occupations and pronouns, moment target: she as often as he, per occupation"
-    max_new_tokens: ClassVar[int] = 8
+    max_new_tokens: ClassVar[int] = 5
     beta: ClassVar[float] = 1.0
 
     def prompts(self, split: str) -> list[str]:

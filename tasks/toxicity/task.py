@@ -44,8 +44,8 @@ class Toxicity(AbstractTask):
     name: ClassVar[str] = "toxicity"
     version: ClassVar[int] = 1
     summary: ClassVar[str] = "RealToxicityPrompts continuations, reward = log-odds of harmless"
-    max_new_tokens: ClassVar[int] = 10
-    beta: ClassVar[float] = 1.0
+    max_new_tokens: ClassVar[int] = 5
+    beta: ClassVar[float] = 0.33
 
     def prompts(self, split: str) -> list[str]:
         rows = files(__package__).joinpath(f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
