@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,3 +74,8 @@ def test_samples_are_the_ones_that_were_scored() -> None:
         record = Record.read(path)
         data = (QUICK / "samples" / f"{record.run.id}.npz").read_bytes()
         assert hashlib.sha256(data).hexdigest() == record.hashes["samples"]
+
+
+def test_the_readme_says_what_the_board_says() -> None:
+    script = Path(__file__).parents[1] / "ci" / "readme_board.py"
+    assert subprocess.run([sys.executable, str(script), "--check"]).returncode == 0
