@@ -1,6 +1,6 @@
 """Kills a run with -9 at random moments, finishes it, and compares its records with those of an undisturbed run.
 
-    python ci/kill_and_resume.py [SUITE] [--kills 3] [--seed 0] [-- further options of klbench run]
+    python ci/kill_and_resume.py [SUITE] [--kills 3] [--seed 0] [--against DIR] [-- further options of klbench run]
 
 Exit 0 when every record is equal outside cost.machine, 1 with the first difference else. `make test-slow` runs it on a small suite.
 """
@@ -36,14 +36,19 @@ def main() -> int:
     parser.add_argument("suite", nargs="?", default="quick")
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--against", type=Path, help="an undisturbed run that is there already")
+    parser.add_argument("--minutes", type=float, default=4.5, help="how long that one took, for the random moments")
     parser.add_argument("options", nargs="*")
     args = parser.parse_args()
     chance = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder:
         whole, cut = Path(folder, "whole"), Path(folder, "cut")
-        start = time.monotonic()
-        subprocess.run([KLBENCH, "run", args.suite, "--out", str(whole), *args.options], check=True, capture_output=True)
-        length = time.monotonic() - start
+        start, length = time.monotonic(), 60 * args.minutes
+        if args.against:
+            whole = args.against
+        else:
+            subprocess.run([KLBENCH, "run", args.suite, "--out", str(whole), *args.options], check=True, capture_output=True)
+            length = time.monotonic() - start
         print(f"undisturbed: {length:.0f} s, {len(records(whole))} records", flush=True)
         for kill in range(args.kills):
             child = subprocess.Popen(

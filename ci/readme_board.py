@@ -1,6 +1,6 @@
 """Writes the table of leaderboards/quick/board.csv into README.md, between its two board marks.
 
-    python ci/readme_board.py [--check]      --check changes nothing and exits 1 when the README says something else
+python ci/readme_board.py [--check]      --check changes nothing and exits 1 when the README says something else
 """
 
 from __future__ import annotations

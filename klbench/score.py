@@ -28,7 +28,7 @@ from klbench import bank as banks
 from klbench import estimate, method, pool, streams, weights
 from klbench import task as tasks
 from klbench.bank import Bank
-from klbench.errors import UserError
+from klbench.errors import UserError, unknown
 from klbench.estimate import BLOCKS, Array, Estimate, Jackknife
 from klbench.estimators import diversity
 from klbench.method import AbstractSampler, ClosedForm
@@ -48,7 +48,11 @@ FRONTIER: Final = np.geomspace(0.04, 12.0, 30)  # multiples of 1/beta
 
 def load_prior(name: str, device: str = "cpu") -> CausalLM:
     """A named prior, or a model directory or hub name."""
-    return load(prior_path(name), name, device) if name in SHIPPED else load(name, name, device)
+    if name in SHIPPED:
+        return load(prior_path(name), name, device)
+    if "/" not in name and not Path(name).exists():
+        raise unknown("prior (nor a directory)", name, SHIPPED)
+    return load(name, name, device)
 
 
 def hashes(task: AbstractTask, prior: str, beta: float, score: Score) -> dict[str, str]:
@@ -59,7 +63,7 @@ def hashes(task: AbstractTask, prior: str, beta: float, score: Score) -> dict[st
         files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json") and p.name != "bits_per_byte.json")
         found["prior"] = digest([[p.name, file_hash(p)] for p in files])
     elif prior.count("/") != 1:
-        raise UserError(f"no prior {prior!r}: neither a shipped one ({', '.join(SHIPPED)}) nor a directory nor owner/name on a hub")
+        raise unknown("prior (nor a directory, nor owner/name on a hub)", prior, SHIPPED)
     ready = banks.shipped(task, prior)
     found["bank"] = file_hash(ready) if ready else f"drawn:{banks.DRAWS}"
     return found
