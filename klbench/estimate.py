@@ -162,15 +162,19 @@ def widening(reach: Array) -> Array:
         return np.log1p(3.0 / np.asarray(reach, dtype=np.float64))
 
 
-def by_reach(estimate: Estimate, reach: Array) -> Estimate:
-    """The status that the smallest reach over prompts allows; an uncertified figure keeps its value and loses its interval."""
+def by_reach(estimate: Estimate, reach: Array, draws: int = 0) -> Estimate:
+    """The status that the smallest reach over prompts allows; an uncertified figure keeps its value and loses its interval.
+
+    draws: how many prior draws a prompt stand behind the reach, for the reason that people read.
+    """
     least = float(np.min(reach))
     if least >= CERTIFIED:
         return replace(estimate, status="certified", reason=f"reach {least:.3g} prior draws at every prompt")
     if least >= WIDE:
         return replace(estimate, status="wide", reason=f"reach {least:.2g}: stretched by what {least:.2g} accepted prior draws could miss")
-    more = "no number of" if least <= 0 else f"{CERTIFIED / least:.3g} times the"
+    more = "no number of draws" if least <= 0 else f"{CERTIFIED / least:.3g} times the draws"
     reason = (
-        f"an outcome with most of the posterior's mass could hide from the prior draws: reach {least:.2g}; {more} draws would certify it"
+        f"an outcome with most of the posterior's mass could hide from {f'{draws:,}' if draws else 'the'} prior draws: "
+        f"reach {least:.2g}; {more} would certify it"
     )
     return replace(estimate, low=None, high=None, population=None, status="uncertified", reason=reason)

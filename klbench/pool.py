@@ -1,11 +1,14 @@
-"""log Z and reverse KL together: the prior's bank and a policy's draws as strata of one mixture, a prompt at a time.
+"""log Z and reverse KL together: the prior's bank, a policy's draws and those of other policies as strata of one mixture, a prompt at a time.
 
-    rows i: n0 prior draws (the scored part of the bank) and n of the policy;  m = (n0 p0 + n q) / (n0 + n)      balance heuristic
+    rows i of strata j (0 the prior, 1 the policy q, 2.. others), n_j draws each, a_j = n_j / n;  m = sum_j a_j q_j       balance heuristic
     w = p0 exp(tilt) / m    mean w = Z          s = q / m    mean s = 1          tilt = r / beta
     f = log q - log p0 - tilt                   E_q f = KL(q||p0) - E_q r / beta
-    X = [s - 1, s A, s B]                       mean 0 over the mixture, exactly; A, B of `Rows`
+    X = [g_1 .. g_J, s A, s B]                  g_j = q_j / m - 1: mean 0 over the mixture, exactly; A, B of `Rows`
     Z~ = mean(w - X b_w)    F = m0 + mean(s (f - m0) - X b_f)    m0 = sum(s f) / sum(s)       b by least squares with intercept
     reverse_kl = F + log Z
+
+Means over the mixture weigh a row of stratum j by a_j / n_j; with a block left out, n_j shrinks and a_j, hence m, stays: every fit reads
+the same columns. `others` empty is a policy's own record; with them it is the board's pooled figure (ESTIMATORS.md section 2).
 
 The rest of the bank (N0 - n0 draws that nobody scores under q) speaks for log Z alone: Z = (1 - k) Z~ + k mean_rest exp(tilt), which is
 unbiased for every fixed k. What can hide: a region that n0 (N0) prior draws missed has prior mass below 3/n0 (3/N0) at 95 %, so Z~ lacks
@@ -14,47 +17,39 @@ at most 3 W / n0 and the rest 3 W / N0, W = exp(r_max/beta); together that is th
     A = N_k Z exp(-r_max/beta)       interval = [est - t se, est + t se + log(1 + 3/A)]
 
 and k is chosen, once, where se/sqrt(P) and that widening add to the least. With nothing left over k is 0 and this is ESTIMATORS.md
-section 1. Errors: delete-a-block jackknife over all three strata, b and m0 refitted, k kept. Shapes [P prompts, draws]; nats; float64.
+section 1. Other policies' draws never add to A: nothing bounds what they and the prior all missed but the prior's own count. Errors:
+delete-a-block jackknife over all strata and the rest, b refitted, k kept. Shapes [P prompts, draws]; nats; float64.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final, final
+from typing import Final, final
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import entr
+from scipy.special import entr, logsumexp
 
 from klbench import estimate, weights
 from klbench.estimate import BLOCKS, Array, Estimate, Jackknife
+from klbench.rows import Rows
 
 RIDGE: Final = 1e-6
 DROP: Final = 0.3  # control variates that push Z below this share of the plain mean are dropped for that prompt
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Draws of one law with what both models say of them, each [P, N].
+class Stratum:
+    """Draws of another policy j of the board, n_j a prompt.
 
-    log_q, log_p0: of whole outputs.  reward.  A = sum_t [-log q(x_t) - H(q_t)] and B = sum_t [-log p0(x_t) - H(q_t, p0_t)]: mean 0 under q.
-    kl: sum_t KL(q_t || p0_t).  entropy: sum_t H(q_t).  Where a policy has no token laws A = B = 0, kl = log_q - log_p0, entropy = -log_q.
+    rows [P, n_j]: what the scored policy and the prior say of them.  density [P, n]: log q_j of the rows of all strata, in the order bank,
+    own draws, others.
     """
 
-    log_q: Array
-    log_p0: Array
-    reward: Array
-    A: Array
-    B: Array
-    kl: Array
-    entropy: Array
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value.shape != self.log_q.shape or value.ndim != 2:
-                raise ValueError(f"{name}: [P, N] expected like log_q {self.log_q.shape}, got {value.shape}")
+    rows: Rows
+    density: Array
 
 
 @dataclass(frozen=True)
@@ -68,6 +63,26 @@ class Fit:
     js: Array
 
 
+@dataclass(frozen=True)
+class _Tilted:
+    """What depends on the tilt, of every row: w exp(-top), y = s (f - m0), the gap log p*/q up to log Z, and m0, top [P, 1]."""
+
+    w: Array
+    y: Array
+    gap: Array
+    m0: Array
+    top: Array
+
+
+@dataclass(frozen=True)
+class _Regressed:
+    """w and y without what X explains: Z~ exp(-top) and F - m0 [P], and their residuals [P, n, 2]."""
+
+    z: Array
+    f: Array
+    left: Array
+
+
 def _kept(x: Array, leave: int | None) -> Array:
     """Columns of all blocks but one."""
     return x if leave is None else x[:, estimate.blocks_of(x.shape[1]) != leave]
@@ -79,20 +94,46 @@ def _stable_exp(x: Array) -> Array:
 
 @final
 class Pool:
-    """The strata of one policy on one task. `rest` [P, M] holds the rewards of the bank's unscored draws (M may be 0)."""
+    """The strata of one policy on one task. `rest` [P, M] holds the rewards of the bank's unscored draws (M may be 0).
 
-    def __init__(self, own: Rows, bank: Rows, rest: Array, reward_max: Array):
+    Raises ValueError for shapes that disagree and for fewer than 16 draws in a stratum.
+    """
+
+    def __init__(self, own: Rows, bank: Rows, rest: Array, reward_max: Array, others: Sequence[Stratum] = ()):
         prompts = own.log_q.shape[0]
+        sizes = [bank.log_q.shape[1], own.log_q.shape[1], *(o.rows.log_q.shape[1] for o in others)]
+        n = sum(sizes)
         for name, shape in (("bank", bank.log_q.shape), ("rest", rest.shape), ("reward_max", reward_max.shape)):
             if shape[0] != prompts:
                 raise ValueError(f"{name}: {prompts} prompts expected, got {shape[0]}")
-        least = min(own.log_q.shape[1], bank.log_q.shape[1])
-        if least < estimate.LEAST_DRAWS:
-            raise ValueError(f"at least {estimate.LEAST_DRAWS} draws a prompt are needed from policy and prior, got {least}")
+        for other in others:
+            if other.density.shape != (prompts, n):
+                raise ValueError(f"density of a stratum: {(prompts, n)} expected, got {other.density.shape}")
+        if min(sizes) < estimate.LEAST_DRAWS:
+            raise ValueError(f"at least {estimate.LEAST_DRAWS} draws a prompt are needed from policy and prior, got {min(sizes)}")
         self.own, self.bank, self.rest, self.reward_max = own, bank, rest, reward_max
-        self.prompts = prompts
-        self.draws = own.log_q.shape[1]
-        self.bank_draws = bank.log_q.shape[1] + rest.shape[1]
+        self.prompts, self.draws, self.bank_draws = prompts, sizes[1], sizes[0] + rest.shape[1]
+        self.rows = Rows.joined(bank, own, *(o.rows for o in others))
+        self._stratum = np.repeat(np.arange(len(sizes)), sizes)
+        self._block = np.concatenate([estimate.blocks_of(size) for size in sizes])
+        self._share = np.array(sizes) / n
+        log_q, log_p0 = self.rows.log_q, self.rows.log_p0
+        densities = np.stack([log_p0, log_q, *(o.density for o in others)])  # [J + 1, P, n]
+        self._log_m = logsumexp(densities + np.log(self._share)[:, None, None], axis=0)
+        self._s = np.exp(log_q - self._log_m)
+        drawable = self._s > 0  # a row that q cannot draw carries no weight
+        sA, sB = (np.where(drawable & np.isfinite(x), self._s * np.where(np.isfinite(x), x, 0.0), 0.0) for x in (self.rows.A, self.rows.B))
+        g = np.exp(densities[1:] - self._log_m) - 1.0
+        self._X = np.stack([*g, sA, sB], 2)  # [P, n, d]
+        norm = np.sqrt((self._X**2).mean(1, keepdims=True))
+        self._X /= np.where(norm > 0, norm, 1.0)
+        with np.errstate(invalid="ignore"):
+            self._ratio = np.where(drawable & np.isfinite(log_p0), log_q - log_p0, 0.0)
+
+    @property
+    def infinite(self) -> bool:
+        """Whether q puts mass where the prior has none: a draw of its own shows it, or the law at a prefix of one."""
+        return bool(np.isneginf(self.own.log_p0).any() or np.isposinf(self.own.kl).any())
 
     def reach(self, inverse_beta: float, log_z: Array, k: Array | float = 0.0) -> Array:
         """[P] A = N_k Z exp(-r_max/beta); 0 where no ceiling was declared."""
@@ -102,70 +143,82 @@ class Pool:
         np.multiply(inverse_beta, self.reward_max, out=ceiling, where=np.isfinite(self.reward_max))
         return np.asarray(draws * np.exp(np.minimum(log_z - ceiling, 0.0)))
 
-    def fit(self, inverse_beta: float, k: Array | float, leave: int | None = None) -> tuple[Fit, Any]:
-        """One fit at tilt = inverse_beta * reward, with block `leave` of every stratum left out; also the variances that choose k."""
+    def _weights(self, leave: int | None) -> Array:
+        """[n] weight of each row in a mean over the mixture: a_j over the draws of stratum j that are kept."""
+        kept = np.ones(len(self._block), bool) if leave is None else self._block != leave
+        counts = np.bincount(self._stratum[kept], minlength=len(self._share))
+        return np.where(kept, (self._share / counts)[self._stratum], 0.0)
 
-        def both(name: str) -> Array:
-            return np.concatenate([_kept(getattr(self.bank, name), leave), _kept(getattr(self.own, name), leave)], 1)
-
-        lq, l0, reward, A, B = (both(name) for name in ("log_q", "log_p0", "reward", "A", "B"))
-        n0, n = _kept(self.bank.log_q, leave).shape[1], lq.shape[1]
-        tilt = inverse_beta * reward
-        log_m = np.logaddexp(math.log(n0 / n) + l0, math.log(1 - n0 / n) + lq)
-        top = np.max(l0 + tilt - log_m, axis=1, keepdims=True)  # of the rows that are there: Z cannot vanish
-        w = np.exp(l0 + tilt - top - log_m)
-        s = np.exp(lq - log_m)
+    def _tilted(self, inverse_beta: float) -> _Tilted:
+        tilt = inverse_beta * self.rows.reward
+        log_w = self.rows.log_p0 + tilt - self._log_m
+        top = np.max(log_w, axis=1, keepdims=True)  # of the rows that are there: Z cannot vanish
+        w = np.exp(log_w - top)
+        f = np.where(self._s > 0, self._ratio - tilt, 0.0)
+        m0 = (self._s * f).sum(1, keepdims=True) / self._s.sum(1, keepdims=True)
         with np.errstate(invalid="ignore"):
-            f = np.where(s > 0, lq - l0 - tilt, 0.0)  # a row that q cannot draw carries no weight
-        sA, sB = (s * np.where(s > 0, x, 0.0) for x in (A, B))
-        X = np.stack([s - 1.0, sA, sB], 2)  # [P, n, 3]
-        norm = np.sqrt((X**2).sum(1, keepdims=True))
-        X = X / np.where(norm > 0, norm, 1.0)
-        m0 = (s * f).sum(1) / s.sum(1)
-        y = s * (f - m0[:, None])
-        centred = X - X.mean(1, keepdims=True)
-        gram = np.einsum("pni,pnj->pij", centred, centred) + RIDGE * np.eye(3)
-        targets = np.stack([w - w.mean(1, keepdims=True), y - y.mean(1, keepdims=True)], 2)
-        b = np.linalg.solve(gram, np.einsum("pni,pnj->pij", centred, targets))  # [P, 3, 2]
-        left = np.stack([w, y], 2) - np.einsum("pni,pij->pnj", X, b)
-        dropped = left[:, :, 0].mean(1) < DROP * w.mean(1)
-        left = np.where(dropped[:, None, None], np.stack([w, y], 2), left)
-        u_rows, f_rows = left[:, :, 0], left[:, :, 1]
-        z_joint = u_rows.mean(1)
+            gap = np.where(w > 0, self.rows.log_p0 + tilt - self.rows.log_q, 0.0)
+        return _Tilted(w, self._s * (f - m0), gap, m0, top)
+
+    def _regress(self, tilted: _Tilted, omega: Array) -> _Regressed:
+        """Least squares of w and y on X with intercept over the mixture's rows, a prompt at a time."""
+        X, targets = self._X, np.stack([tilted.w, tilted.y], 2)
+        mean_x, mean_t = omega @ X, omega @ targets  # [P, d], [P, 2]
+        weighted = (X * omega[:, None]).transpose(0, 2, 1)
+        gram = weighted @ X - mean_x[:, :, None] * mean_x[:, None, :]
+        cross = weighted @ targets - mean_x[:, :, None] * mean_t[:, None, :]
+        b = np.linalg.solve(gram + RIDGE * np.eye(X.shape[2]), cross)
+        found = mean_t - (mean_x[:, None, :] @ b)[:, 0]
+        dropped = found[:, 0] < DROP * mean_t[:, 0]
+        b = np.where(dropped[:, None, None], 0.0, b)
+        found = np.where(dropped[:, None], mean_t, found)
+        return _Regressed(found[:, 0], found[:, 1], targets - X @ b)
+
+    def _finish(self, inverse_beta: float, k: Array | float, leave: int | None, tilted: _Tilted) -> Fit:
+        omega = self._weights(leave)
+        found = self._regress(tilted, omega)
+        top = tilted.top
         rest = _kept(self.rest, leave)
-        z_rest = _stable_exp(inverse_beta * rest - top).mean(1) if rest.shape[1] else z_joint
-        z_rest = np.where(z_rest > 1e-100, z_rest, z_joint)  # hundreds of nats below the scored rows: it says nothing
-        z = (1 - k) * z_joint + k * z_rest
+        z_rest = _stable_exp(inverse_beta * rest - top).mean(1) if rest.shape[1] else found.z
+        z_rest = np.where(z_rest > 1e-100, z_rest, found.z)  # hundreds of nats below the scored rows: it says nothing
+        z = (1 - k) * found.z + k * z_rest
         log_z = np.log(z) + top[:, 0]
-        free = m0 + f_rows.mean(1)
-        u = w / z[:, None]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            gap = np.where(u > 0, l0 + tilt - lq, 0.0)  # log p*/q up to log Z
-            forward = (u * gap).sum(1) / u.sum(1) - log_z
-            js = 0.5 * (_xlog2(s, u) + _xlog2(u, s)).mean(1)
-        fit = Fit(free, log_z, forward, 0.5 * np.abs(s - u).mean(1), js)
-        return fit, (u_rows / z_joint[:, None], f_rows, n0, rest, z_joint, top)
+        s, u = self._s, tilted.w / z[:, None]
+        with np.errstate(invalid="ignore"):
+            terms = np.where(u * omega > 0, u * tilted.gap, 0.0)
+        forward = (terms @ omega) / (u @ omega) - log_z
+        js = 0.5 * ((_xlog2(s, u) + _xlog2(u, s)) @ omega)
+        return Fit(tilted.m0[:, 0] + found.f, log_z, forward, 0.5 * (np.abs(s - u) @ omega), js)
+
+    def fit(self, inverse_beta: float, k: Array | float = 0.0, leave: int | None = None) -> Fit:
+        """One fit at tilt = inverse_beta * reward, with block `leave` of every stratum left out."""
+        return self._finish(inverse_beta, k, leave, self._tilted(inverse_beta))
+
+    def fits(self, inverse_beta: float, k: Array | float) -> tuple[Fit, list[Fit]]:
+        """The full fit and those with each block left out."""
+        tilted = self._tilted(inverse_beta)
+        return self._finish(inverse_beta, k, None, tilted), [self._finish(inverse_beta, k, b, tilted) for b in range(BLOCKS)]
 
     def choose_k(self, inverse_beta: float) -> Array:
         """[P] share of the unscored bank in Z: least sum of se/sqrt(P) and widening among those that certify. 0 when there is no rest."""
         if not self.rest.shape[1]:
             return np.zeros(self.prompts)
-        fit, (u, f, n0, rest, z_joint, top) = self.fit(inverse_beta, 0.0)
-        n = u.shape[1]
+        tilted = self._tilted(inverse_beta)
+        found = self._regress(tilted, self._weights(None))
+        u, f, n = found.left[:, :, 0] / found.z[:, None], found.left[:, :, 1], len(self._block)
 
         def stratified(a: Array, b: Array) -> Array:  # covariance of the means of a and b, fixed allocation
             total = np.zeros(self.prompts)
-            for part in (slice(0, n0), slice(n0, n)):
-                x, y = a[:, part], b[:, part]
+            for j in range(len(self._share)):
+                x, y = a[:, self._stratum == j], b[:, self._stratum == j]
                 total += ((x - x.mean(1, keepdims=True)) * (y - y.mean(1, keepdims=True))).sum(1)
             return total / n**2
 
         v_u, v_f, c = stratified(u, u), stratified(f, f), stratified(u, f)
-        w_rest = _stable_exp(inverse_beta * rest - top) / z_joint[:, None]
-        v_r = w_rest.var(1) / rest.shape[1]
+        v_r = (_stable_exp(inverse_beta * self.rest - tilted.top) / found.z[:, None]).var(1) / self.rest.shape[1]
         grid = np.linspace(0, 1, 41)[:, None]
         var = v_f + (1 - grid) ** 2 * v_u + 2 * (1 - grid) * c + grid**2 * v_r
-        reach = self.reach(inverse_beta, fit.log_z, grid)
+        reach = self.reach(inverse_beta, np.log(found.z) + tilted.top[:, 0], grid)
         width = 2 * np.sqrt(np.maximum(var, 0) / self.prompts) + estimate.widening(np.maximum(reach, 1e-300))
         certified = reach >= estimate.CERTIFIED
         width = np.where(certified | ~certified.any(0), width, np.inf)  # where some k certifies, none that does not is worth its width
@@ -179,8 +232,7 @@ class Pool:
     def columns(self, inverse_beta: float) -> tuple[dict[str, Estimate], dict[str, Array], Array]:
         """All columns that hold Z or p*, per-prompt arrays, and the reach [P] behind reverse_kl."""
         k = self.choose_k(inverse_beta)
-        full, _ = self.fit(inverse_beta, k)
-        left = [self.fit(inverse_beta, k, b)[0] for b in range(BLOCKS)]
+        full, left = self.fits(inverse_beta, k)
 
         def jack(get: Callable[[Fit], Array]) -> Jackknife:
             return Jackknife(get(full), np.stack([get(x) for x in left]))
@@ -193,7 +245,11 @@ class Pool:
         known = bool(np.isfinite(self.reward_max).all())
         for name, figure in (("reverse_kl", reverse), ("log_z", log_z)):
             out[name] = self._guard(figure.mean(n=n, widen=estimate.widening(reach)), reach, known)
-        out["wasted_nats"], out["beta_implied"], efficiency = self._waste(n, known)
+        if self.infinite:
+            nowhere = estimate.exactly(math.inf, n, "the policy puts mass where the prior has none")
+            out |= {"reverse_kl": nowhere, "wasted_nats": nowhere}
+        else:
+            out |= self._waste(n, known)
         hidden = 3.0 / (scored + 3.0)  # the most of p* that no scored prior draw has seen (95 %)
         for name, get in (("tv", lambda x: x.tv), ("js", lambda x: x.js), ("forward_kl", lambda x: x.forward_kl)):
             out[name] = self._guard(_unseen(name, jack(get).mean(n=n), hidden), scored, known)
@@ -208,27 +264,28 @@ class Pool:
         out["reach"] = (
             Estimate(least, n=self.bank_draws, reason="least over prompts") if known else estimate.undefined("no reward_max declared")
         )
-        if efficiency is not None:
-            out["kl_efficiency"] = efficiency
         per_prompt = {"free": free.estimates, "log_z": log_z.estimates, "reverse_kl": reverse.estimates, "reach": reach}
         per_prompt["free_stderr"] = np.sqrt(free.variances)
+        if self.infinite:
+            nowhere_at = np.isneginf(self.own.log_p0).any(1) | np.isposinf(self.own.kl).any(1)
+            per_prompt |= {name: np.where(nowhere_at, math.inf, per_prompt[name]) for name in ("free", "reverse_kl")}
         return out, per_prompt, reach
 
     def _guard(self, figure: Estimate, reach: Array, known: bool) -> Estimate:
         if figure.status == "exact":
             return figure
         if known:
-            return estimate.by_reach(figure, reach)
+            return estimate.by_reach(figure, reach, self.bank_draws)
         blind = replace(figure, low=None, high=None, population=None, status="uncertified")
         return replace(blind, reason="no reward_max was declared: nothing bounds what the prior draws missed")
 
-    def _waste(self, n: int, known: bool) -> tuple[Estimate, Estimate, Estimate | None]:
-        """wasted_nats at lambda-hat, refitted in each block; 1/lambda-hat; and KL*(E_q r) / KL(q||p0)."""
+    def _waste(self, n: int, known: bool) -> dict[str, Estimate]:
+        """wasted_nats at lambda-hat, refitted in each block; 1/lambda-hat; and KL*(E_q r) / KL(q||p0) where that is not 0/0."""
         lam = self.lambda_hat()
         k = self.choose_k(lam)
-        full, _ = self.fit(lam, k)
+        full = self.fit(lam, k)
         lams = [self.lambda_hat(b, lam) for b in range(BLOCKS)]
-        left = np.stack([(lambda x: x.free + x.log_z)(self.fit(each, k, b)[0]) for b, each in enumerate(lams)])
+        left = np.stack([(lambda x: x.free + x.log_z)(self.fit(each, k, b)) for b, each in enumerate(lams)])
         jack = Jackknife(full.free + full.log_z, left)
         reach = self.reach(lam, full.log_z, k)
         waste = self._guard(jack.mean(n=n, widen=estimate.widening(reach)), reach, known)
@@ -239,13 +296,14 @@ class Pool:
         if waste.status == "uncertified":
             implied = replace(implied, low=None, high=None)
         kl = kl_prior(self.own)
-        if kl.mean(n=n).low is None or (kl.mean(n=n).low or 0.0) <= 0:
-            return waste, implied, None
+        found = {"wasted_nats": waste, "beta_implied": implied}
+        if (kl.mean(n=n).low or 0.0) <= 0:
+            return found
         ratio = Jackknife(np.array([1 - jack.full.mean() / kl.full.mean()]), (1 - left.mean(1) / kl.left.mean(1))[:, None])
         share = ratio.mean(n=n)
         clip = lambda x: None if x is None else min(1.0, max(0.0, x))  # noqa: E731
         share = replace(share, value=clip(share.value), low=clip(share.low), high=clip(share.high), population=None)
-        return waste, implied, self._guard(share, reach, known)
+        return {**found, "kl_efficiency": self._guard(share, reach, known)}
 
 
 def _xlog2(a: Array, b: Array) -> Array:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from klbench.pool import Rows
+from klbench.rows import Rows
 
 
 @dataclass(frozen=True)

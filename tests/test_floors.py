@@ -21,7 +21,9 @@ ROOT = Path(__file__).parents[1]
 FLOORS: dict[str, float] = {
     "klbench.errors": -1,  # the one exception: everybody may raise it
     "klbench.estimate": 0,
-    "klbench.measure": 0,
+    "klbench.measure": 0.1,
+    "klbench.rows": 0.1,
+    "klbench.ranks": 0.1,  # paired differences and certain brackets, from per-prompt arrays
     "klbench.streams": 0,
     "klbench.batch": 0,
     "klbench.suites": 0,  # YAML files
@@ -42,6 +44,8 @@ FLOORS: dict[str, float] = {
     "klbench.samplers": 3,
     "klbench.bank": 3,
     "klbench.pool": 3,
+    "klbench.models": 3.5,  # priors and policies from what users write
+    "klbench.exact": 3.2,  # sums over every outcome
     "klbench.train": 4,
     "klbench.score": 4.2,  # a cell is trained, then scored
     "klbench.laws": 4,
@@ -51,6 +55,7 @@ FLOORS: dict[str, float] = {
     "klbench.executors.local": 4.5,
     "klbench.executors.ray": 4.5,
     "klbench.run": 5,
+    "klbench.accuracy": 5,
     "klbench.claims": 5,
     "klbench.reward_eval": 5,
     "klbench.api": 5,

@@ -17,7 +17,8 @@ from enumerable import Table, draw, posterior, rows
 
 from klbench import pool
 from klbench.estimate import BLOCKS, Estimate, Jackknife, blocks_of, widening
-from klbench.pool import Fit, Pool, Rows, bounded_mean, frontier, kl_prior, nearest_lambda, regressed
+from klbench.pool import Fit, Pool, Stratum, bounded_mean, frontier, kl_prior, nearest_lambda, regressed
+from klbench.rows import Rows
 
 V, T, BETA = 2, 3, 0.4
 P0 = np.array([[6, 2, 1, 7, 3, 5, 4, 4], [1, 9, 2, 4, 8, 2, 3, 3]])  # of 32, a prompt a row
@@ -70,7 +71,7 @@ def gaps(found: Fit, wanted: Fit) -> dict[str, float]:
 @pytest.mark.parametrize("times", [1, 2, 5])
 @pytest.mark.parametrize("inverse_beta", [0.0, 0.3, 1 / BETA, 20.0])
 def test_the_fit_is_exact_where_the_rows_are_the_mixture(times: int, inverse_beta: float) -> None:
-    found, _ = made(times).fit(inverse_beta, 0.0)
+    found = made(times).fit(inverse_beta, 0.0)
     assert max(gaps(found, truth(inverse_beta)).values()) < 1e-9
     assert min(truth(inverse_beta).tv) > 0.05  # the answer is not zero
 
@@ -124,18 +125,18 @@ def sign_of_reward(x: Rows) -> Rows:
 def test_a_wrong_control_variate_is_seen(mutant: Callable[[Rows], Rows]) -> None:
     wrong = made(change=mutant)
     assert np.abs(mixture_means(wrong)).max() > 1e-2
-    found = gaps(wrong.fit(1 / BETA, 0.0)[0], truth())
+    found = gaps(wrong.fit(1 / BETA, 0.0), truth())
     assert found["free"] > 1e-4 and found["log_z"] > 1e-4
 
 
 @pytest.mark.parametrize("mutant", [prior_for_policy, token_left_out, sign_of_reward])
 def test_a_wrong_score_is_seen(mutant: Callable[[Rows], Rows]) -> None:
-    found = gaps(made(change=mutant).fit(1 / BETA, 0.0)[0], truth())
+    found = gaps(made(change=mutant).fit(1 / BETA, 0.0), truth())
     assert min(found[name] for name in ("free", "forward_kl", "tv", "js")) > 1e-3
 
 
 def test_the_directions_of_kl_are_not_exchanged() -> None:
-    found, _ = made().fit(1 / BETA, 0.0)
+    found = made().fit(1 / BETA, 0.0)
     reverse = truth().free + truth().log_z
     assert np.abs(reverse - truth().forward_kl).min() > 1e-2
     np.testing.assert_allclose(found.free + found.log_z, reverse, atol=1e-9)
@@ -144,7 +145,7 @@ def test_the_directions_of_kl_are_not_exchanged() -> None:
 def test_rows_that_are_not_the_mixture_are_not_fitted_exactly() -> None:
     """So the exactness above is not built in."""
     own, bank = rows(q, p0, REWARD, written_out(Q)), rows(q, p0, REWARD, written_out(P0[:, ::-1]))
-    assert max(gaps(Pool(own, bank, NO_REST, TOP).fit(1 / BETA, 0.0)[0], truth()).values()) > 1e-2
+    assert max(gaps(Pool(own, bank, NO_REST, TOP).fit(1 / BETA, 0.0), truth()).values()) > 1e-2
 
 
 # the rest of the bank
@@ -154,16 +155,16 @@ def test_rows_that_are_not_the_mixture_are_not_fitted_exactly() -> None:
 def test_the_rest_enters_z_with_weight_k(k: float) -> None:
     rest = np.array([[1.0, 0.0, 0.5] * 8, [0.25, 0.25, -1.0] * 8])
     z = (1 - k) * np.exp(truth().log_z) + k * np.exp(rest / BETA).mean(1)
-    found, _ = made(rest=rest).fit(1 / BETA, k)
+    found = made(rest=rest).fit(1 / BETA, k)
     np.testing.assert_allclose(found.log_z, np.log(z), atol=1e-9)
     np.testing.assert_allclose(found.free, truth().free, atol=1e-9)
-    dropped, _ = made().fit(1 / BETA, k)  # the mutant: no rest
+    dropped = made().fit(1 / BETA, k)  # the mutant: no rest
     assert (np.abs(dropped.log_z - np.log(z)).min() > 1e-2) == (k > 0)
 
 
 def test_a_rest_that_is_the_prior_leaves_everything_exact() -> None:
     rest = np.take_along_axis(REWARD, written_out(P0 * 3), 1)
-    found, _ = made(rest=rest).fit(1 / BETA, np.array([0.3, 0.8]))
+    found = made(rest=rest).fit(1 / BETA, np.array([0.3, 0.8]))
     assert max(gaps(found, truth()).values()) < 1e-9
 
 
@@ -197,7 +198,10 @@ def test_k_is_where_error_and_widening_add_to_the_least(seed: int, inverse: floa
     own, bank = (rows(policy, p0, REWARD, draw(rng, table, n)) for table, n in ((policy, 64), (p0, 1024)))
     rest = np.take_along_axis(REWARD, draw(rng, p0, 1024), 1)
     some = Pool(own, bank, rest, np.array([1.0, 1.1]))
-    fit, (u, f, n0, _, z, top) = some.fit(inverse, 0.0)
+    fit, tilted = some.fit(inverse, 0.0), some._tilted(inverse)
+    found = some._regress(tilted, some._weights(None))
+    z, n0, top = found.z, bank.log_q.shape[1], tilted.top
+    u, f = found.left[:, :, 0] / z[:, None], found.left[:, :, 1]
     chosen = some.choose_k(inverse)
     assert (0 < chosen).any() and (chosen < 1).all()
     for p in range(2):
@@ -209,6 +213,79 @@ def test_k_is_where_error_and_widening_add_to_the_least(seed: int, inverse: floa
             reach = math.exp(fit.log_z[p] - some.reward_max[p] * inverse) / ((1 - k) / 1024 + k / 2048)
             best = min(best, (2 * math.sqrt(var / 2) + math.log1p(3 / reach), k))
         assert chosen[p] == best[1]
+
+
+# other policies' draws as strata: the board's pooled figure
+
+OTHER = np.array([[5, 4, 3, 6, 2, 4, 1, 7], [2, 3, 6, 1, 8, 4, 5, 3]])  # of 32
+other = law(OTHER)
+
+
+def pooled(times: int = 2, change: Callable[[Rows], Rows] = lambda x: x, wrong: Table = other) -> Pool:
+    """`made` with a third law among the rows, 32 x times draws; `wrong` is what its density is taken from."""
+    drawn = [written_out(P0 * times), written_out(Q), written_out(OTHER * times)]
+    every = np.concatenate(drawn, 1)
+    bank, own, third = (change(rows(q, p0, REWARD, x)) for x in drawn)
+    return Pool(own, bank, NO_REST, TOP, [Stratum(third, np.take_along_axis(wrong.log_prob(), every, 1))])
+
+
+@pytest.mark.parametrize("times", [1, 2, 5])
+@pytest.mark.parametrize("inverse_beta", [0.0, 0.3, 1 / BETA, 20.0])
+def test_with_another_policy_in_the_pool_the_fit_is_exact(times: int, inverse_beta: float) -> None:
+    assert max(gaps(pooled(times).fit(inverse_beta), truth(inverse_beta)).values()) < 1e-9
+
+
+def test_a_wrong_density_of_another_policy_is_seen() -> None:
+    assert max(gaps(pooled(wrong=p0).fit(1 / BETA), truth()).values()) > 1e-3
+
+
+@pytest.mark.parametrize("mutant", [misses_last_entropy, of_the_prior, prior_for_policy, token_left_out, sign_of_reward])
+def test_wrong_rows_of_another_policy_are_seen(mutant: Callable[[Rows], Rows]) -> None:
+    assert max(gaps(pooled(change=mutant).fit(1 / BETA), truth()).values()) > 1e-3
+
+
+def test_another_policy_adds_no_reach() -> None:
+    """The prior's count alone bounds what all policies together have missed."""
+    alone, joined = made(2).columns(1 / BETA)[2], pooled(2).columns(1 / BETA)[2]
+    np.testing.assert_allclose(joined, alone, rtol=0.05)  # log Z differs, the count does not
+
+
+def test_a_policy_near_the_target_sharpens_a_collapsed_one() -> None:
+    """What the pool is for: the near policy's draws know log Z. And the left-out fits are those of the pool, so it covers."""
+    rng = np.random.default_rng(3)
+    prior = Table.random(rng, 2, 3, 3)
+    reward = rng.uniform(0, 1, (2, 27)) ** 3
+    reward[:, :3] = 1.0
+    star = posterior(prior, reward, 0.2)[0]
+    near, far = Table.of(star + rng.normal(size=star.shape) * 0.1, 3, 3), Table.of(3 * star, 3, 3)
+    exact = truth(1 / 0.2, far, prior, reward)
+    value = float((exact.free + exact.log_z).mean())
+    errors: list[list[float]] = [[], []]
+    held = 0
+    for _ in range(40):
+        drawn = [draw(rng, table, 128) for table in (prior, far, near)]
+        bank, own, third = (rows(far, prior, reward, x) for x in drawn)
+        density = np.take_along_axis(near.log_prob(), np.concatenate(drawn, 1), 1)
+        for i, others in enumerate(([], [Stratum(third, density)])):
+            found = Pool(own, bank, np.zeros((2, 0)), np.ones(2), others).columns(1 / 0.2)[0]["reverse_kl"]
+            assert found.value is not None
+            errors[i].append(found.value - value)
+        held += found.low is not None and found.high is not None and found.low <= value <= found.high
+    alone, joined = (math.sqrt(np.mean(np.square(x))) for x in errors)
+    assert joined < 0.6 * alone
+    assert held >= 34
+
+
+def test_mass_where_the_prior_has_none_is_infinite_and_says_so() -> None:
+    def hole(x: Rows) -> Rows:
+        first = x.log_p0 == x.log_p0.max()
+        return replace(x, log_p0=np.where(first, -math.inf, x.log_p0), B=np.where(first, math.inf, x.B))
+
+    found = made(change=hole).columns(1 / BETA)[0]
+    for name in ("reverse_kl", "wasted_nats"):
+        assert found[name].value == math.inf and found[name].status == "exact" and "where the prior has none" in found[name].reason
+    assert "kl_efficiency" not in found
+    assert all(e.value is None or not math.isnan(e.value) for e in found.values())
 
 
 # lambda and the frontier
@@ -457,8 +534,8 @@ def replications(far: bool, count: int = 60) -> tuple[int, int, int, float]:
         assert found.value is not None and found.stderr is not None
         held += found.low <= value <= found.high
         plain += abs(found.value - value) <= found.value - found.low
-        full = some.fit(1 / beta, 0.0)[0]
-        left = np.stack([some.fit(1 / beta, 0.0, b)[0].free for b in range(BLOCKS)])
+        full = some.fit(1 / beta, 0.0)
+        left = np.stack([some.fit(1 / beta, 0.0, b).free for b in range(BLOCKS)])
         blind = Jackknife(full.free + full.log_z, left + full.log_z).mean(n=1)
         assert blind.low is not None and blind.high is not None and blind.stderr is not None
         mutant += blind.low <= value <= blind.high
@@ -481,9 +558,9 @@ def test_near_the_posterior_the_interval_covers_and_needs_the_covariance_with_lo
 
 def test_control_variates_that_ruin_z_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     absurd = made(change=lambda x: replace(x, A=1e3 * (x.log_p0 + x.reward / BETA > x.log_q)))
-    kept, dropped = made().fit(1 / BETA, 0.0)[0], absurd.fit(1 / BETA, 0.0)[0]
+    kept, dropped = made().fit(1 / BETA, 0.0), absurd.fit(1 / BETA, 0.0)
     np.testing.assert_allclose(dropped.log_z, kept.log_z, atol=1e-9)
     monkeypatch.setattr(pool, "DROP", -math.inf)
     with np.errstate(invalid="ignore", divide="ignore"):
-        ruined = absurd.fit(1 / BETA, 0.0)[0]
+        ruined = absurd.fit(1 / BETA, 0.0)
     assert not np.allclose(ruined.log_z, kept.log_z, atol=0.1)
