@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 
-from klbench import bank as banks
-from klbench import estimate, method, streams
+from klbench import estimate, method, models, streams
 from klbench import task as tasks
-from klbench.bank import Bank
+from klbench.bank import Reservoir
 from klbench.errors import UserError, unknown
-from klbench.estimate import BLOCKS, Array, Estimate, Jackknife
-from klbench.method import AbstractSampler
-from klbench.policies import causal_lm
+from klbench.estimate import BLOCKS, Array, Estimate, Jackknife, finite_or_word
+from klbench.estimators import betting
+from klbench.estimators import named as named_estimators
+from klbench.measure import Measure
 from klbench.policies.causal_lm import CausalLM
+from klbench.pool import INTERVALS
+from klbench.ranks import certain_bracket, paired_difference, rank_ranges
 from klbench.record import Run, Score, Train, write_atomically
-from klbench.score import figures, load_prior, measure
-from klbench.target import Policy, TiltedPrior, evaluate
+from klbench.score import figures
+from klbench.sheet import Sheet
 from klbench.task import AbstractTask, GivenTask
 from klbench.train import train as train_run
 from klbench.weights import log_mean_exp
@@ -37,12 +39,17 @@ Model = Any  # a path, a hub name, a transformers model, or a klbench Policy
 class PolicyScore:
     """One policy's figures: an attribute per column of DESIGN.md section 3, each an Estimate in nats unless its column says otherwise.
 
-    prompts: per-prompt arrays [P] (free, log_z, reverse_kl, reach, reward, kl_prior).
+    prompts: per-prompt arrays [P] (free, log_z, reverse_kl, reach, reward, kl_prior).  rank: least and greatest place by paired
+    differences, in which log Z cancels.  bracket: ends between which reverse_kl lies whatever log Z is, the upper one None without
+    reward_max; both None for a policy without a density or one that needs neither.  notes: what was done to a stranger's model.
     """
 
     name: str
     columns: dict[str, Estimate]
     prompts: dict[str, Array] = field(repr=False)
+    rank: tuple[int, int] | None = None
+    bracket: tuple[float, float | None] | None = None
+    notes: tuple[str, ...] = ()
 
     def __getattr__(self, name: str) -> Estimate:
         columns: dict[str, Estimate] = self.__dict__.get("columns", {})
@@ -59,12 +66,17 @@ class PolicyScore:
 @final
 @dataclass(frozen=True)
 class ScoreResult(Mapping[str, PolicyScore]):
-    """What `score` returns: policies by name, and log Z per prompt (nats, from the prior's draws alone)."""
+    """What `score` returns: policies by name, and log Z per prompt (nats, from the prior's draws alone).
+
+    pool: names of the policies whose draws stood behind every figure.  stopped: what ended a search for a precision, "" without one.
+    """
 
     policies: dict[str, PolicyScore]
     log_z: list[Estimate]
     prompts: list[str]
     beta: float
+    pool: tuple[str, ...] = ()
+    stopped: str = ""
 
     def __getitem__(self, name: str) -> PolicyScore:
         if name not in self.policies:
@@ -77,40 +89,44 @@ class ScoreResult(Mapping[str, PolicyScore]):
     def __len__(self) -> int:
         return len(self.policies)
 
+    def difference(self, a: str, b: str) -> Estimate:
+        """reverse_kl of `a` minus that of `b`, nats: log Z cancels, so its status is certified whatever theirs are.
+
+        low, high: these prompts, the two errors added (in a pool they share draws); population: t over the paired differences.
+        """
+        return paired_difference(*(self[name].prompts[key] for name in (a, b) for key in ("free", "free_stderr")))
+
     def to_frame(self) -> pandas.DataFrame:
         """A row a policy and column: policy, column, value, low, high, stderr, n, status, reason."""
         import pandas
 
-        rows = [
-            {
-                "policy": name,
-                "column": column,
-                "value": e.value,
-                "low": e.low,
-                "high": e.high,
-                "stderr": e.stderr,
-                "n": e.n,
-                "status": e.status,
-                "reason": e.reason,
-            }
-            for name, policy in self.policies.items()
-            for column, e in policy.columns.items()
-        ]
-        return pandas.DataFrame(rows)
+        return pandas.DataFrame(
+            [
+                {"policy": name, "column": column}
+                | {key: getattr(e, key) for key in ("value", "low", "high", "stderr", "n", "status", "reason")}
+                for name, policy in self.policies.items()
+                for column, e in policy.columns.items()
+            ]
+        )
 
     def to_json(self, path: str | Path) -> None:
-        """Writes all estimates, atomically; keys as in DESIGN.md."""
+        """Writes all estimates, atomically; keys as in DESIGN.md; infinite numbers as "inf"."""
         import json
 
         data = {
             "beta": self.beta,
             "prompts": self.prompts,
             "log_z": [e.to_json() for e in self.log_z],
+            "pool": list(self.pool),
+            "stopped": self.stopped,
             "policies": {
                 name: {
                     "status": p.status,
+                    "rank": p.rank,
+                    "notes": list(p.notes),
+                    "reverse_kl_certain": p.bracket,
                     "columns": {k: e.to_json() for k, e in p.columns.items()},
-                    "prompts": {k: [float(x) for x in v] for k, v in p.prompts.items()},
+                    "prompts": {k: [finite_or_word(float(x)) for x in v] for k, v in p.prompts.items()},
                 }
                 for name, p in self.policies.items()
             },
@@ -129,41 +145,123 @@ def score(
     reward_max: float = math.inf,
     max_new_tokens: int | None = None,
     samples: int = 1000,
+    precision: float | None = None,
+    budget: int | None = None,
+    interval: str = "jackknife",
+    pool: bool = True,
+    measures: Sequence[str] = (),
+    bank: str | Path | None = None,
+    chat: bool = False,
     seed: int = 0,
     device: str | None = None,
     tokenizer: Any = None,
+    report: Callable[[str], None] = lambda text: None,
 ) -> ScoreResult:
     """How far each policy is from p*(x|c) = p0(x|c) exp(r(c, x)/beta) / Z(c), with 95 % intervals.
 
     prior, policies: a directory in Hugging Face format, a hub name, a transformers model (with `tokenizer`, else the one it was loaded
-    with, else the prior's), a klbench Policy, or for policies a sampler's name (`best_of_n:16`, `rejection`).
-    prompts, reward: texts and f(prompts, completions) -> list[float]; or `task` in their place.
+    with, else the prior's), a klbench Policy; for policies also `base+adapter`, a sampler (`best_of_n:16`, `rejection`) or a decoding
+    (`temperature:0.7`, `path@top_p:0.9`), as klbench/models.py reads them. One without a density gets the columns that need none.
+    prompts, reward: texts and f(prompts, completions) -> list[float]; or `task` in their place. chat: prompts go through the chat template.
     reward_max: no reward is above it; without it nothing that holds log Z can be certified.
     samples: draws a prompt from the prior and from each policy, at least 16; max_new_tokens: where a continuation is cut (16).
+    precision: draw on until every reverse_kl interval is at most so many nats wide, or `budget` draws a prompt (16 x samples) are spent.
+    interval: "jackknife", or "betting" for a log Z interval that is exact at any number of draws.
+    pool: estimate each policy with the draws of all (at most eight) as strata. measures: named estimators to add, as "kl_prior.k3".
+    bank: directory in which prior draws are kept by content, extended and never redrawn.  report: told what is being done.
 
     Raises UserError for bad input, once: a reward of the wrong length, NaN, infinite or above reward_max (with its prompt and
-    completion), a tokenizer without EOS, models of different vocabularies, a directory without a model.
+    completion), a tokenizer without EOS, a directory without a model, log-probabilities that are not numbers.
     """
     if samples < estimate.LEAST_DRAWS:
         raise UserError(f"samples must be at least {estimate.LEAST_DRAWS}, got {samples}: fewer draws have no honest interval")
+    if interval not in INTERVALS:
+        raise unknown("interval", interval, INTERVALS)
+    if precision is not None and not (math.isfinite(precision) and precision > 0):
+        raise UserError(f"precision must be a positive number of nats, got {precision}")
+    most = 16 * samples if budget is None else budget
+    if most < samples:
+        raise UserError(f"budget {most} is below samples {samples}")
+    extra = [Measure.parse(text) for text in measures]
+    estimates = {str(m): named_estimators.of(m) for m in extra}
     given = _task(task, prompts, reward, reward_max, max_new_tokens)
     beta = given.beta if beta is None and task is not None else beta
     if beta is None:
         raise UserError("beta is needed: the KL penalty of the posterior to measure against")
-    length = max_new_tokens or (given.length if isinstance(given, GivenTask) else given.max_new_tokens)
-    where = device or "cpu"
-    p0 = _policy("prior", prior, tokenizer, None, where)
+    length, texts, where = max_new_tokens or given.max_new_tokens, given.prompts("score"), device or "cpu"
     named = _named(policies)
-    loaded = {name: _policy(name, model, None, p0, where) for name, model in named.items()}
+    p0 = models.open_prior(prior, where, chat=chat, tokenizer=tokenizer)
+    loaded = {name: models.open_policy(name, model, p0, where, chat=chat) for name, model in named.items()}
+    p0, loaded = models.with_common_stops(p0, loaded)
     target = given.target(p0, beta)
-    texts = given.prompts("score")
-    bank = _bank(given, p0, target, texts, length, samples, seed)
-    found = {}
+    reservoir = Reservoir(given, p0, target, length, seed, None if bank is None else Path(bank))
+    sheet = Sheet(p0, target, texts, reservoir.upto(samples), samples, length)
     for name, policy in loaded.items():
-        scored = measure(policy, p0, target, texts, bank, samples, samples, length, streams.seed(seed, f"score/policy/{name}"))
-        columns, per_prompt = figures(scored, bank.reward[:, samples:], bank, given, target, texts, p0)
-        found[name] = PolicyScore(name, columns, per_prompt)
-    return ScoreResult(found, _log_z(bank, target, texts), texts, beta)
+        report(f"drawing from {name}")
+        sheet.add(name, policy, samples, streams.seed(seed, f"score/policy/{name}"))
+    members = sheet.members(list(loaded), 32, seed) if pool and len(loaded) > 1 else []
+    stopped = "" if precision is None else _narrow(sheet, list(loaded), members, reservoir, precision, most, interval, report)
+    found = {}
+    for name in loaded:
+        report(f"estimating {name}")
+        columns, per_prompt = figures(sheet, name, given, members, interval)
+        if not sheet.why_none(name):
+            columns |= {
+                label: f(sheet.rows(name, name), sheet.rows(name, "")).mean(n=sheet.laws[name].reward.size)
+                for label, f in estimates.items()
+            }
+        found[name] = PolicyScore(name, columns, per_prompt, notes=tuple(getattr(loaded[name], "notes", ())))
+    return ScoreResult(_placed(found, sheet), _log_z(sheet, interval), texts, beta, tuple(members), stopped)
+
+
+def _narrow(
+    sheet: Sheet, names: list[str], members: list[str], reservoir: Reservoir, precision: float, most: int, interval: str,
+    report: Callable[[str], None],
+) -> str:  # fmt: skip
+    """Draws until each reverse_kl interval is at most `precision` wide or `most` draws a prompt are spent; says which.
+
+    Draws are doubled, never topped up by a few: each look is a chance to stop on an interval that is narrow by luck, so few are taken.
+    Prior draws that nobody scores cost little and come first where what they may have missed keeps the interval wide.
+    """
+    while True:
+        widths, missed = {}, 0.0
+        for name in names:
+            figure, reach = (x := sheet.pool(name, members).columns(1.0 / sheet.target.beta, interval))[0]["reverse_kl"], x[2]
+            if figure.status == "exact":
+                continue
+            widths[name] = math.inf if figure.low is None or figure.high is None else figure.high - figure.low
+            missed = max(missed, float(np.mean(estimate.widening(np.maximum(reach, 1e-300)))))
+            report(f"{name}: {sheet.laws[name].size:,} draws, {sheet.bank.reward.shape[1]:,} of the prior: {widths[name]:.3g} nats wide")
+        wide = {name: width for name, width in widths.items() if width > precision}
+        if not wide:
+            return f"precision {precision:g} reached: the widest reverse_kl interval has {max(widths.values(), default=0.0):.3g} nats"
+        length, scored = sheet.bank.reward.shape[1], sheet.laws[""].size
+        if missed > precision / 2 and length < most:
+            sheet.set_bank(reservoir.upto(min(2 * length, most)), scored)
+            continue
+        growing = [name for name, width in wide.items() if math.isfinite(width) and sheet.laws[name].size < most]
+        if not growing:
+            return f"budget of {most:,} draws a prompt spent: {len(wide)} of {len(widths)} intervals are wider than {precision:g} nats"
+        for name in growing:
+            sheet.draw(name, min(sheet.laws[name].size, most - sheet.laws[name].size))
+        scored = min(2 * scored, most)
+        sheet.set_bank(reservoir.upto(max(length, scored)), scored)
+
+
+def _placed(found: dict[str, PolicyScore], sheet: Sheet) -> dict[str, PolicyScore]:
+    """With ranks of all policies that have a density, and brackets of those whose reverse_kl is uncertified."""
+    dense = {name: p for name, p in found.items() if "free" in p.prompts}
+    if not dense:
+        return found
+    free, stderr = (np.stack([p.prompts[key] for p in dense.values()]) for key in ("free", "free_stderr"))
+    cap = sheet.tops / sheet.target.beta if np.isfinite(sheet.tops).all() else None
+    out = dict(found)
+    for i, (name, place) in enumerate(zip(dense, rank_ranges(free), strict=True)):
+        bracket = None
+        if found[name].status == "uncertified" and np.isfinite(free[i]).all():
+            bracket = certain_bracket(free[i], stderr[i], np.delete(free, i, 0), np.delete(stderr, i, 0), cap)
+        out[name] = replace(found[name], rank=place, bracket=bracket)
+    return out
 
 
 def train(
@@ -180,7 +278,7 @@ def train(
         raise UserError(f"{folder} exists and holds no trained policy; name another directory")
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
-    p0 = _policy("prior", prior, None, None, device or "cpu")
+    p0 = models.open_prior(prior, device or "cpu")
     if not isinstance(p0, CausalLM):
         raise UserError("training needs a causal language model as prior")
     run = Run(
@@ -208,7 +306,7 @@ def _task(
         raise UserError(f"reward_max must be a number, got {reward_max}")
     if length is not None and length < 1:
         raise UserError(f"max_new_tokens must be at least 1, got {length}")
-    return GivenTask(texts, reward, reward_max, length or 16)
+    return GivenTask(texts, reward, reward_max, max_new_tokens=length or 16)
 
 
 def _named(policies: Any) -> dict[str, Model]:
@@ -223,57 +321,19 @@ def _named(policies: Any) -> dict[str, Model]:
     return named
 
 
-def _policy(name: str, model: Model, tokenizer: Any, prior: Policy | None, device: str) -> Any:
-    """A Policy, or for policies an AbstractSampler."""
-    if isinstance(model, (Policy, AbstractSampler)):
-        return model
-    if isinstance(model, (str, Path)):
-        text = str(model)
-        if prior is not None and text.partition(":")[0].replace("-", "_") in method.names("samplers") and not Path(text).exists():
-            return prior if text == "ancestral" else method.sampler(text)
-        return load_prior(text, device) if prior is None else causal_lm.load(text, name, device)
-    if hasattr(model, "forward") and hasattr(model, "config"):
-        words = tokenizer or (prior.tokenizer if isinstance(prior, CausalLM) else None)
-        if words is None:
-            source = getattr(model.config, "_name_or_path", "")
-            if not source:
-                raise UserError(f"{name}: a transformers model in memory needs tokenizer=...")
-            words = causal_lm.tokenizer_of(source)
-        return causal_lm.wrap(name, model, words, device)
-    raise UserError(f"{name}: a path, a hub name, a transformers model or a klbench Policy expected, got {type(model).__name__}")
-
-
-def _bank(task: AbstractTask, prior: Policy, target: TiltedPrior, prompts: list[str], length: int, samples: int, seed: int) -> Bank:
-    """The bank that ships for this task and prior where it is long enough, else `samples` fresh prior draws a prompt."""
-    if isinstance(prior, CausalLM) and length == task.max_new_tokens:
-        path = banks.shipped(task, prior.name)
-        if path is not None:
-            bank = Bank.from_bytes(path.read_bytes(), str(path))
-            if {**bank.meta, "draws": 0} == banks.meta_of(task, prior, 0) and bank.reward.shape[1] >= samples:
-                return bank
-    draws = prior.sample(prompts, samples, length, streams.seed(seed, "score/prior"))
-    texts = prior.decode(draws.tokens, draws.mask)
-    feature = task.features()
-    return Bank(
-        draws.tokens.numpy().astype(np.int32),
-        draws.mask.numpy(),
-        draws.log_q.double().sum(2).numpy(),
-        target.rewards(prompts, texts),
-        None,
-        None if feature is None else evaluate(feature[0], prompts, texts),
-        {},
-    )
-
-
-def _log_z(bank: Bank, target: TiltedPrior, prompts: list[str]) -> list[Estimate]:
-    """log Z of each prompt, log mean exp(r/beta) over the bank, stretched by its reach."""
-    tilt, tops = target.tilt(bank.reward), target.ceiling(prompts)
+def _log_z(sheet: Sheet, interval: str) -> list[Estimate]:
+    """log Z of each prompt, log mean exp(r/beta) over the bank, stretched by its reach; or its betting interval."""
+    tilt, ceiling = sheet.target.tilt(sheet.bank.reward), sheet.tops / sheet.target.beta
     block = estimate.blocks_of(tilt.shape[1])
+    bets = betting.log_z_interval(tilt, ceiling) if interval == "betting" else None
     out = []
-    for row, top in zip(tilt, tops, strict=True):
+    for p, (row, top) in enumerate(zip(tilt, ceiling, strict=True)):
         full = log_mean_exp(row[None])
         jack = Jackknife(full, np.stack([log_mean_exp(row[None, block != b]) for b in range(BLOCKS)]))
-        reach = len(row) * np.exp(np.minimum(full - top / target.beta, 0.0))
-        figure = estimate.by_reach(jack.mean(n=len(row), widen=estimate.widening(np.maximum(reach, 1e-300))), reach)
-        out.append(figure)
+        reach = len(row) * np.exp(np.minimum(full - top, 0.0))
+        figure = jack.mean(n=len(row), widen=estimate.widening(np.maximum(reach, 1e-300)))
+        if bets is None:
+            out.append(estimate.by_reach(figure, reach, len(row)))
+        else:
+            out.append(estimate.by_betting(figure, float(bets[0][p]), float(bets[1][p]), reach))
     return out

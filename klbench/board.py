@@ -1,12 +1,8 @@
 """The board: records of one task side by side, as a table in the terminal, as JSON, as CSV and as one page.
 
-    d_p     = free_p(a) − free_p(b),   free = KL(q‖p0) − E_q[r]/β          [P] nats; log Z of the prompt cancels in it
-    a < b     where the t test (P − 1 dof) of mean_p d_p = 0 is refused, Holm over all pairs of the task at 95 %
-    rank(q) = [1 + #{significantly better}, K − #{significantly worse}]
-
-so an uncertified policy is ranked like any other, and only its absolute reverse_kl is guarded. The posterior itself (the row of
-rejection sampling, status exact, reverse_kl 0) is shown and takes no rank. Conventions: nats; rows in order of reverse_kl; what is
-written depends on the records alone and not on their order.
+Ranks are those of klbench/ranks.py: an uncertified policy is ranked like any other, and only its absolute reverse_kl is guarded. The
+posterior itself (the row of rejection sampling, status exact, reverse_kl 0) is shown and takes no rank. Conventions: nats; rows in
+order of reverse_kl; what is written depends on the records alone and not on their order.
 """
 
 from __future__ import annotations
@@ -25,19 +21,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy.special import stdtr
 
 from klbench.errors import UserError
-from klbench.estimate import BLOCKS, Array, Estimate, t_quantile
+from klbench.estimate import BLOCKS, Estimate, t_quantile
 from klbench.measure import COLUMNS
-from klbench.record import FrontierPoint, Record, digest, write_atomically
+from klbench.ranks import certain_bracket, rank_ranges
+from klbench.record import FrontierPoint, Pooled, Record, digest, write_atomically
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 SCHEMA: Final = 1
-LEVEL: Final = 0.95
 NULLS: Final = ("ancestral", "uniform")  # methods that learned nothing and are on the board to be beaten
 
 # What a status looks like where colour may be missing.
@@ -56,13 +50,15 @@ GLOSSARY: Final = {
 @final
 @dataclass(frozen=True)
 class Row:
-    """A policy on the board. rank: least and greatest place; None for the posterior itself. bracket: reverse_kl's certain ends, each
-    None where it is not known; asked for where the status is uncertified."""
+    """A policy on the board. columns: the record's, and over them the pooled ones where the table has a pool. rank: least and greatest
+    place; None for the posterior itself. bracket: reverse_kl's certain ends, the upper None where it is not known; asked for where the
+    status is uncertified."""
 
     record: Record
     label: str
+    columns: dict[str, Estimate]
     rank: tuple[int, int] | None
-    bracket: tuple[float | None, float | None] | None
+    bracket: tuple[float, float | None] | None
 
     @property
     def id(self) -> str:
@@ -72,9 +68,14 @@ class Row:
     def role(self) -> str:
         return role(self.record)
 
+    @property
+    def status(self) -> str:
+        """That of reverse_kl."""
+        return self.columns["reverse_kl"].status if "reverse_kl" in self.columns else self.record.status
+
     def estimate(self, column: str) -> Estimate | None:
         """None where the record lacks the column or the column has no value."""
-        found = self.record.columns.get(column)
+        found = self.columns.get(column)
         return None if found is None or found.value is None else found
 
 
@@ -86,6 +87,7 @@ class Table:
     title: str
     rows: tuple[Row, ...]
     frontier: tuple[FrontierPoint, ...]
+    pool: Pooled | None
 
     @property
     def first(self) -> Record:
@@ -101,8 +103,10 @@ class Board:
     manifest: dict[str, Any]
 
     @classmethod
-    def of(cls, records: Iterable[Record], manifest: dict[str, Any] | None = None) -> Board:
-        """Raises UserError when there is no record, when two have one id, or when one lacks `free` at every prompt."""
+    def of(cls, records: Iterable[Record], manifest: dict[str, Any] | None = None, pools: Sequence[Pooled] = ()) -> Board:
+        """pools: figures of tables that were estimated together; one whose draws are not these records' is passed over.
+
+        Raises UserError when there is no record, when two have one id, or when one lacks `free` at every prompt."""
         ordered = sorted(records, key=lambda r: r.run.id)
         if not ordered:
             raise UserError("a board needs at least one record")
@@ -119,7 +123,7 @@ class Board:
         made = sorted(groups.values(), key=lambda g: (g[0].run.task, g[0].run.prior, g[0].run.beta, g[0].run.id))
         counts = Counter(g[0].run.task for g in made)
         shared = {task for task, count in counts.items() if count > 1}
-        return cls(tuple(_table(group, group[0].run.task in shared) for group in made), manifest or {})
+        return cls(tuple(_table(group, group[0].run.task in shared, pools) for group in made), manifest or {})
 
     @classmethod
     def read(cls, folder: Path) -> Board:
@@ -135,7 +139,7 @@ class Board:
                 raise UserError(f"{folder / 'manifest.json'}: not JSON: {error}") from None
             if not isinstance(manifest, dict):
                 raise UserError(f"{folder / 'manifest.json'}: a mapping expected")
-        return cls.of((Record.read(path) for path in paths), manifest)
+        return cls.of((Record.read(path) for path in paths), manifest, Pooled.all_in(folder))
 
     @property
     def rows(self) -> list[tuple[Table, Row]]:
@@ -182,6 +186,7 @@ class Board:
                     "prior": table.first.run.prior,
                     "beta": table.first.run.beta,
                     "prompts": len(table.first.prompt_ids),
+                    "pool": None if table.pool is None else {"members": list(table.pool.members), "hash": table.pool.hash},
                     "rows": [
                         {
                             "id": row.id,
@@ -190,10 +195,10 @@ class Board:
                             "kind": row.record.run.kind,
                             "role": row.role,
                             "seed": row.record.run.seed,
-                            "status": row.record.status,
+                            "status": row.status,
                             "rank": row.rank,
                             "reverse_kl_certain": row.bracket,
-                            "columns": {name: row.record.columns[name].to_json() for name in sorted(row.record.columns)},
+                            "columns": {name: row.columns[name].to_json() for name in sorted(row.columns)},
                         }
                         for row in table.rows
                     ],
@@ -205,7 +210,7 @@ class Board:
 
     def to_csv(self) -> str:
         """A row a policy; each column with `_low`, `_high` and `_status` beside it; empty where there is nothing."""
-        extra = {name for _, row in self.rows for name in row.record.columns} - set(COLUMNS)
+        extra = {name for _, row in self.rows for name in row.columns} - set(COLUMNS)
         names = [*COLUMNS, *sorted(extra)]
         costs = sorted({k for _, row in self.rows for k, v in row.record.cost.items() if k != "machine" and isinstance(v, int | float)})
         head = ["task", "prior", "beta", "method", "kind", "role", "seed", "id", "status", "rank_low", "rank_high"]
@@ -217,10 +222,10 @@ class Board:
         writer.writerow([_csv_cell(h) for h in head])
         for _, row in self.rows:
             run = row.record.run
-            line: list[Any] = [run.task, run.prior, run.beta, run.method, run.kind, row.role, run.seed, row.id, row.record.status]
+            line: list[Any] = [run.task, run.prior, run.beta, run.method, run.kind, row.role, run.seed, row.id, row.status]
             line += [*(row.rank or (None, None)), *(row.bracket or (None, None))]
             for name in names:
-                figure = row.record.columns.get(name)
+                figure = row.columns.get(name)
                 line += [None] * 4 if figure is None else [figure.value, figure.low, figure.high, figure.status]
             line += [row.record.cost.get(key) for key in costs]
             writer.writerow([_csv_cell(cell) for cell in line])
@@ -242,7 +247,7 @@ class Board:
         gone = [head for i, head in enumerate(HEADS) if i not in kept]
         if gone:
             console.print(f"A wider terminal, board.csv and index.html also show {', '.join(gone)}.", style="dim", highlight=False)
-        statuses = {row.record.status for _, row in self.rows} - {"certified"}
+        statuses = {row.status for _, row in self.rows} - {"certified"}
         for status in (s for s in GLOSSARY if s in statuses):
             console.print(f"{MARKS[status]} {status}: {GLOSSARY[status]}", style="dim", highlight=False)
         for row in self.above_frontier():
@@ -263,7 +268,7 @@ class Board:
                 figure = row.estimate(name)
                 line += ["-"] * 3 if figure is None else [_number(figure.value), _number(figure.low), _number(figure.high)]
             line += [_number(figure.value) if (figure := row.estimate(name)) else "-" for name in single]
-            line += [row.record.status, *(_number(end) for end in row.bracket or (None, None))]
+            line += [row.status, *(_number(end) for end in row.bracket or (None, None))]
             cells.append(["_".join(plain(cell).split()) or "-" for cell in line])
         widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
         return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
@@ -286,7 +291,7 @@ class Board:
             tables=[_table_view(table, i) for i, table in enumerate(self.tables)],
             above=[f"{plain(row.label)} on {plain(row.record.run.task)}" for row in self.above_frontier()],
             columns=COLUMNS,
-            glossary=[(s, MARKS[s], GLOSSARY[s]) for s in GLOSSARY if any(row.record.status == s for _, row in self.rows)],
+            glossary=[(s, MARKS[s], GLOSSARY[s]) for s in GLOSSARY if any(row.status == s for _, row in self.rows)],
             manifest=facts(self.manifest),
             command=plain(_command(self.manifest)),
         )
@@ -311,82 +316,33 @@ def role(record: Record) -> str:
     return "null" if record.run.method in NULLS else record.run.kind
 
 
-def holm(p: Sequence[float]) -> list[float]:
-    """Holm's adjusted p values: p̃_(i) = max_{j ≤ i} min(1, (m − j + 1) p_(j)), p_(1) ≤ ... ≤ p_(m).
-
-    Holm 1979, Scand. J. Statist. 6, 65-70.
-    """
-    adjusted, worst = [0.0] * len(p), 0.0
-    for place, i in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
-        worst = max(worst, min(1.0, (len(p) - place) * p[i]))
-        adjusted[i] = worst
-    return adjusted
-
-
-def paired_p(d: Array) -> float:
-    """Two-sided p of mean(d) = 0 by Student's t with P − 1 dof; d [P]. One prompt says nothing (1); equal policies do not differ (1)."""
-    if len(d) < 2 or float(np.abs(d).max()) < 1e-12:
-        return 1.0
-    stderr = float(d.std(ddof=1)) / math.sqrt(len(d))
-    if stderr <= 1e-12 * float(np.abs(d).max()):
-        return 0.0  # the same difference at each prompt, up to rounding
-    return float(2 * stdtr(len(d) - 1, -abs(float(d.mean())) / stderr))
-
-
-def rank_ranges(free: Array, level: float = LEVEL) -> list[tuple[int, int]]:
-    """[K] places (least, greatest) of K policies from free [K, P] nats, smaller being better; see the module's formula."""
-    policies = len(free)
-    pairs = list(itertools.combinations(range(policies), 2))
-    better: NDArray[np.int64] = np.zeros(policies, dtype=np.int64)  # how many are significantly better
-    worse: NDArray[np.int64] = np.zeros(policies, dtype=np.int64)
-    for (a, b), p in zip(pairs, holm([paired_p(free[a] - free[b]) for a, b in pairs]), strict=True):
-        if p <= 1 - level:
-            first, second = (a, b) if free[a].mean() < free[b].mean() else (b, a)
-            better[second] += 1
-            worse[first] += 1
-    return [(1 + int(better[k]), policies - int(worse[k])) for k in range(policies)]
-
-
-def certain_bracket(free: Array, others: Array, cap: Array | None) -> tuple[float | None, float | None]:
-    """[max_j (J_j − J_q)/β, KL(q‖p0) + (r_max − E_q r)/β] nats, which hold whatever log Z is: it lies between max_j J_j/β and r_max/β.
-
-    In free [P], others [J, P] and cap = r_max/β [P]: low = max(0, max_j mean(free − free_j)), high = mean(free + cap). Each mean is
-    replaced by its 97.5 % limit (t over prompts, P − 1 dof; Bonferroni over j), so both ends hold together at 95 %. No cap, no upper
-    end; one prompt, neither.
-    """
-    prompts = len(free)
-    if prompts < 2:
-        return None, None
-    low = 0.0
-    for other in others:
-        d = free - other
-        low = max(low, float(d.mean()) - t_quantile(prompts - 1, 1 - (1 - LEVEL) / len(others)) * float(d.std(ddof=1)) / math.sqrt(prompts))
-    if cap is None:
-        return low, None
-    above = free + cap
-    return low, float(above.mean()) + t_quantile(prompts - 1) * float(above.std(ddof=1)) / math.sqrt(prompts)
-
-
-def _table(records: list[Record], shared: bool) -> Table:
+def _table(records: list[Record], shared: bool, pools: Sequence[Pooled]) -> Table:
     """Rows of comparable records. `shared`: another table has the same task, so the title must say more."""
-    free = {r.run.id: np.asarray(r.prompts["free"], dtype=np.float64) for r in records}
+    pool = next((p for p in pools if p.fits(records)), None)
+    better = {} if pool is None else pool.columns
+    prompts = {r.run.id: r.prompts | ({} if pool is None else pool.prompts.get(r.run.id, {})) for r in records}
+    free = {i: np.asarray(found["free"], dtype=np.float64) for i, found in prompts.items()}
+    stderr = {i: np.asarray(found.get("free_stderr", np.zeros(len(free[i])))) for i, found in prompts.items()}
     ranked = [r for r in records if role(r) != "target"]
     ranges = dict(zip((r.run.id for r in ranked), rank_ranges(np.stack([free[r.run.id] for r in ranked])), strict=True)) if ranked else {}
     labels = _labels(records)
     rows = []
     for record in records:
         own, bracket = record.run.id, None
-        if record.status == "uncertified":
-            others = [free[r.run.id] for r in ranked if r.run.id != own]
+        columns = record.columns | better.get(own, {})
+        if columns["reverse_kl"].status == "uncertified":
+            others = [r.run.id for r in ranked if r.run.id != own]
+            shape = (len(others), len(free[own]))
             cap = record.prompts.get("reward_max")
             cap_nats = np.asarray(cap, dtype=np.float64) / record.run.beta if cap and len(cap) == len(free[own]) else None
-            bracket = certain_bracket(free[own], np.asarray(others).reshape(len(others), len(free[own])), cap_nats)
-        rows.append(Row(record, labels[own], ranges.get(own), bracket))
+            far, errors = (np.array([x[i] for i in others]).reshape(shape) for x in (free, stderr))
+            bracket = certain_bracket(free[own], stderr[own], far, errors, cap_nats)
+        rows.append(Row(record, labels[own], columns, ranges.get(own), bracket))
     rows.sort(key=lambda row: _order(row, float(free[row.id].mean())))
     longest = max(records, key=lambda r: (max((p.reach for p in r.frontier), default=0.0), len(r.frontier)))
     run = records[0].run
     title = f"{run.task} · β {run.beta:g} · {run.prior}" if shared else run.task
-    return Table(title, tuple(rows), tuple(sorted(longest.frontier, key=lambda p: p.reward)))
+    return Table(title, tuple(rows), tuple(sorted(longest.frontier, key=lambda p: p.reward)), pool)
 
 
 def _order(row: Row, free: float) -> tuple[bool, bool, float, str]:
@@ -451,7 +407,7 @@ def _interval(row: Row, column: str) -> str:
 
 
 def _bracket(row: Row) -> str:
-    if row.bracket is None or row.bracket == (None, None):
+    if row.bracket is None:
         return ""
     low, high = row.bracket
     return f"in {figure_text(low)} … {figure_text(high)}" if high is not None else f"at least {figure_text(low)}"
@@ -474,13 +430,13 @@ def _terminal_cells(table: Table) -> list[list[str]]:
     """A list of texts a row, in the order of HEADS; the fourth is the interval or the bracket."""
     lines = []
     for row in table.rows:
-        doubt = MARKS["uncertified"] if row.record.status == "uncertified" else ""
+        doubt = MARKS["uncertified"] if row.status == "uncertified" else ""
         line = [_rank(row), plain(row.label)[:32]]
         for name in ("reverse_kl", "wasted_nats", "reward", "kl_prior"):
             figure = row.estimate(name)
             line.append(figure_text(figure.value if figure else None) + (doubt if figure and COLUMNS[name].posterior else ""))
         line.insert(3, _interval(row, "reverse_kl") or _bracket(row))
-        status = f"{MARKS.get(row.record.status, '')} {plain(row.record.status)}".strip()
+        status = f"{MARKS.get(row.status, '')} {plain(row.status)}".strip()
         lines.append([*line, _against(row, "entropy"), _against(row, "distinct_2"), status])
     return lines
 
@@ -512,7 +468,7 @@ def _terminal_table(table: Table, lines: list[list[str]], kept: list[int], gap: 
         made.add_column(Text(HEADS[i], style="dim"), justify="left" if i in LEFT else "right", no_wrap=True)
     for row, line in zip(table.rows, lines, strict=True):
         style = {"target": "green", "null": "dim", "sampler": "cyan"}.get(row.role, "")
-        doubt = row.record.status in ("uncertified", "infeasible")
+        doubt = row.status in ("uncertified", "infeasible")
         made.add_row(*(Text(line[i], style="yellow" if doubt and i in (2, 3, 4, 9) else "dim" if i in (3, 9) else style) for i in kept))
     return made
 
@@ -539,7 +495,7 @@ def _table_view(table: Table, index: int) -> dict[str, Any]:
     axes = figures.limits([row.record.curve for row in trained])
     top = _top(table)
     run = table.first.run
-    names = [n for n in SHOWN if n not in OPTIONAL or any(n in row.record.columns for row in table.rows)]
+    names = [n for n in SHOWN if n not in OPTIONAL or any(n in row.columns for row in table.rows)]
     return {
         "names": names,
         "anchor": f"task-{index + 1}",
@@ -554,14 +510,14 @@ def _table_view(table: Table, index: int) -> dict[str, Any]:
         "curves": [
             {"label": plain(row.label), "svg": Markup(figures.training(row.record.curve, axes, f"{index} {row.id}"))} for row in trained
         ],
-        "uncertified": any(row.record.status == "uncertified" for row in table.rows),
+        "uncertified": any(row.status == "uncertified" for row in table.rows),
     }
 
 
 def _row_view(row: Row, top: float, shown_names: list[str]) -> dict[str, Any]:
     reverse = row.estimate("reverse_kl")
     run = row.record.run
-    names = [*(n for n in COLUMNS if n in row.record.columns), *sorted(set(row.record.columns) - set(COLUMNS))]
+    names = [*(n for n in COLUMNS if n in row.columns), *sorted(set(row.columns) - set(COLUMNS))]
     train = run.train.model_dump() if run.train else None
     cost = {key: value for key, value in row.record.cost.items() if key != "machine"}
     return {
@@ -569,9 +525,9 @@ def _row_view(row: Row, top: float, shown_names: list[str]) -> dict[str, Any]:
         "role": row.role,
         "id": plain(row.id),
         "rank": _rank(row),
-        "status": plain(row.record.status),
-        "mark": MARKS.get(row.record.status, ""),
-        "reason": plain(row.record.columns["reverse_kl"].reason) if "reverse_kl" in row.record.columns else "",
+        "status": plain(row.status),
+        "mark": MARKS.get(row.status, ""),
+        "reason": plain(row.columns["reverse_kl"].reason) if "reverse_kl" in row.columns else "",
         "reverse": figure_text(reverse.value if reverse else None),
         "interval": _interval(row, "reverse_kl"),
         "bracket": _bracket(row),
@@ -595,7 +551,7 @@ def _row_view(row: Row, top: float, shown_names: list[str]) -> dict[str, Any]:
 
 
 def _column_view(row: Row, name: str) -> dict[str, str]:
-    figure = row.record.columns[name]
+    figure = row.columns[name]
     about = COLUMNS.get(name)
     return {
         "name": plain(name),

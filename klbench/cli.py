@@ -97,13 +97,25 @@ def run(
 @app.command()
 def score(
     prior: Prior,
-    policy: Annotated[list[str], typer.Option(help="[name=]directory, hub name or sampler (best_of_n:16); may be repeated")],
+    policy: Annotated[
+        list[str],
+        typer.Option(
+            help="[name=]directory, hub name, base+adapter, best_of_n:16, rejection, temperature:0.7 and the like; may be repeated"
+        ),
+    ],
     task: Annotated[str | None, typer.Option(help="prompts and reward of this task")] = None,
     prompts: Annotated[Path | None, typer.Option(help='file with a prompt a line, or .jsonl with "prompt" or "text"')] = None,
     reward: Annotated[str | None, typer.Option(help="module:function, called as f(prompts, completions)")] = None,
     reward_max: Annotated[float | None, typer.Option(help="ceiling of the reward; without it nothing can be certified")] = None,
     beta: Annotated[float | None, typer.Option(help="KL penalty  [default: the task's]")] = None,
     samples: Annotated[int | None, typer.Option(min=16, help="draws a prompt, of the prior and of each policy")] = None,
+    precision: Annotated[float | None, typer.Option(help="draw on until each reverse_kl interval is at most so many nats wide")] = None,
+    budget: Annotated[int | None, typer.Option(min=16, help="draws a prompt at which --precision ends  [default: 16 x samples]")] = None,
+    interval: Annotated[str, typer.Option(help="jackknife, or betting: exact for log Z at any number of draws")] = "jackknife",
+    measure: Annotated[list[str] | None, typer.Option(help="a named estimator to add, as kl_prior.k3; may be repeated")] = None,
+    pool: Annotated[bool, typer.Option("--pool/--no-pool", help="estimate each policy with the draws of all")] = True,
+    bank: Annotated[Path | None, typer.Option(help="directory that keeps prior draws: extended, never redrawn")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="prompts go through the models' chat template")] = False,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="length at which a continuation is cut")] = None,
     seed: Annotated[int, typer.Option(min=0, help="of the draws")] = 0,
     device: Device = None,
@@ -123,14 +135,28 @@ def score(
     asked: dict[str, Any] = {
         "prior": prior, "policies": _policies(policy), "task": task, "beta": beta, "reward_max": reward_max, "samples": samples,
         "prompts": None if prompts is None else _prompts(prompts), "reward": None if reward is None else _function(reward),
-        "max_new_tokens": max_new_tokens, "seed": seed, "device": device,
+        "max_new_tokens": max_new_tokens, "seed": seed, "device": device, "precision": precision, "budget": budget, "interval": interval,
+        "measures": measure, "pool": pool, "bank": bank, "chat": chat,
     }  # fmt: skip
 
     from klbench import api
+    from klbench.progress import status
 
-    result = api.score(**{name: value for name, value in asked.items() if value is not None})
+    with status() as say:
+        result = api.score(**{name: value for name, value in asked.items() if value is not None}, report=say)
+    if sys.stdout.isatty():
+        _table(["policy", "rank", "reverse_kl", "interval", "status", "wasted_nats", "reward", "kl_prior", "entropy"], _summary(result))
     rows = _rows(result.to_frame())
     _table(list(rows[0]) if rows else [], ([_cell(v) for v in row.values()] for row in rows), heading=True)
+    for name, scored in result.items():
+        for note in scored.notes:
+            _complain(f"{name}: {note}")
+        if scored.bracket is not None:
+            low, high = scored.bracket
+            where = f"above {_cell(low)}" if high is None else f"between {_cell(low)} and {_cell(high)}"
+            _complain(f"{name}: reverse_kl is uncertified; whatever log Z is, it lies {where}")
+    if result.stopped:
+        _complain(result.stopped)
     if json is not None:
         result.to_json(json)
 
@@ -220,9 +246,10 @@ def leaderboard_build(
 ) -> None:
     """Build board.json, board.csv and index.html from records."""
     from klbench import run as grid
+    from klbench.record import Pooled
 
     records = grid.records_in(directory)
-    grid.publish(out or directory, records, grid.manifest_in(directory))
+    grid.publish(out or directory, records, grid.manifest_in(directory), pools=Pooled.all_in(directory))
     print((out or directory) / "index.html")
 
 
@@ -313,8 +340,18 @@ def _rows(frame: Any) -> list[dict[str, Any]]:
     return frame.to_dict("records") if hasattr(frame, "to_dict") else list(frame)
 
 
+def _summary(result: Any) -> Iterable[list[str]]:
+    """A row a policy, of what a reader asks first."""
+    for name, scored in result.items():
+        figure = scored.columns["reverse_kl"]
+        ends = "" if figure.low is None else f"{_cell(figure.low)} … {'?' if figure.high is None else _cell(figure.high)}"
+        rank = "" if scored.rank is None else "–".join(map(str, sorted(set(scored.rank))))
+        rest = (_cell(e.value) if (e := scored.columns.get(c)) else "" for c in ("wasted_nats", "reward", "kl_prior", "entropy"))
+        yield [name, rank, _cell(figure.value), ends, figure.status, *rest]
+
+
 def _cell(value: Any) -> str:
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    return "" if value is None or value != value else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _policies(given: list[str]) -> dict[str, str]:

@@ -58,8 +58,8 @@ class Estimate:
         """A dict for JSON; infinite numbers become the strings "inf" and "-inf"."""
         out = asdict(self)
         for name in self.NUMBERS:
-            out[name] = _finite_or_word(out[name])
-        out["population"] = None if self.population is None else [_finite_or_word(x) for x in self.population]
+            out[name] = finite_or_word(out[name])
+        out["population"] = None if self.population is None else [finite_or_word(x) for x in self.population]
         return out
 
     @classmethod
@@ -80,7 +80,8 @@ class Estimate:
             raise ValueError(f"no estimate: {error}") from None
 
 
-def _finite_or_word(x: float | None) -> float | str | None:
+def finite_or_word(x: float | None) -> float | str | None:
+    """JSON has no infinity: "inf" and "-inf"."""
     return x if x is None or math.isfinite(x) else ("inf" if x > 0 else "-inf")
 
 
@@ -178,3 +179,16 @@ def by_reach(estimate: Estimate, reach: Array, draws: int = 0) -> Estimate:
         f"reach {least:.2g}; {more} would certify it"
     )
     return replace(estimate, low=None, high=None, population=None, status="uncertified", reason=reason)
+
+
+def by_betting(estimate: Estimate, low: float, high: float, reach: Array) -> Estimate:
+    """The figure with a betting interval in place of its own: exact at any number of draws, so no reach is needed for the truth of it.
+
+    Certified where the reach says so, else wide; without a ceiling on the reward there is no upper end and it is a lower bound.
+    """
+    least = float(np.min(reach))
+    if math.isinf(high):
+        reason = "betting interval; no upper end without a declared reward_max"
+        return replace(estimate, low=low, high=None, population=None, status="lower", reason=reason)
+    status = "certified" if least >= CERTIFIED else "wide"
+    return replace(estimate, low=low, high=high, population=None, status=status, reason="betting interval, exact at any number of draws")

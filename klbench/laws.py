@@ -7,7 +7,7 @@ every expectation is a finite sum, and a wrong sign, a wrong beta, a dropped cor
 many orders above rounding. An objective may offer two methods beyond its contract, and is held to what they say:
 
     stated(log_q [S], log_p0 [S], reward [S], beta, draws) -> scalar    whose gradient is that of the expected loss, up to a positive factor
-    own(reward [N], bank [N0], beta, draws) -> [N]                      log of its optimum over p0; required where optimum is "own"
+    own(reward [N], law: RewardLaw, beta, draws) -> [N]                 log of its optimum over p0; required where optimum is "own"
 
 A state entry called "log_z" is an objective's own estimate of log Z per prompt and "seen" the draws behind it: the law on the
 gradient sets both to the truth, the law on the optimum starts from the first visit too.
@@ -28,7 +28,7 @@ from torch import Tensor
 from klbench.batch import Batch
 from klbench.errors import UserError
 from klbench.estimate import Array
-from klbench.method import AbstractSampler, AbstractStatefulObjective, ClosedForm, Objective, State
+from klbench.method import AbstractDecoding, AbstractSampler, AbstractStatefulObjective, ClosedForm, Objective, RewardLaw, State
 from klbench.policies.tabular import Tabular
 
 EXACT: Final = 1e-6  # largest gap of a law that holds; central differences are good to about 1e-8
@@ -60,10 +60,7 @@ class Stated(Protocol):
 @final
 @dataclass(frozen=True)
 class World:
-    """Prompts whose S answers can be listed: p0 = counts / sum, and K draws a prompt. eos is word 0; V words, T tokens.
-
-    The counts are whole, so that a bank with each answer `counts` times has exactly the prior's law.
-    """
+    """Prompts whose S answers can be listed: p0 = counts / sum, and K draws a prompt. eos is word 0; V words, T tokens."""
 
     counts: tuple[tuple[int, ...], ...]
     reward: tuple[tuple[float, ...], ...]
@@ -85,9 +82,9 @@ class World:
         """[P, S] float64."""
         return torch.tensor(self.reward, dtype=torch.float64)
 
-    def bank(self, prompt: int, times: int = 1) -> Array:
-        """[N0] rewards of prior draws with exactly the prior's law."""
-        return np.repeat(np.array(self.reward[prompt]), np.array(self.counts[prompt]) * times)
+    def law(self, prompt: int) -> RewardLaw:
+        """The reward's law under the prior."""
+        return RewardLaw.of(np.array(self.reward[prompt]), np.array(self.counts[prompt]))
 
     def log_target(self, beta: float) -> Tensor:
         """[P, S] log p*."""
@@ -181,8 +178,8 @@ def optimum(objective: Objective, world: World, beta: float) -> Tensor | None:
     if objective.optimum != "own":
         raise UserError(f"optimum {objective.optimum!r} of {type(objective).__name__} is none of target, own, none")
     if not isinstance(objective, ClosedForm):
-        raise UserError(f"{type(objective).__name__} declares an optimum of its own and has no method own(reward, bank, beta, draws)")
-    rows = [objective.own(np.array(r), world.bank(p), beta, world.draws) for p, r in enumerate(world.reward)]
+        raise UserError(f"{type(objective).__name__} declares an optimum of its own and has no method own(reward, law, beta, draws)")
+    rows = [objective.own(np.array(r), world.law(p), beta, world.draws) for p, r in enumerate(world.reward)]
     return world.log_p0 + torch.from_numpy(np.stack(rows))
 
 
@@ -265,7 +262,7 @@ def check_objective(objective: Objective) -> tuple[Law, ...]:
 def _picked_law(sampler: AbstractSampler, world: World, beta: float, ceiling: float, seed: int) -> tuple[Array, float]:
     """[S] shares of the answers among PICKS draws of the sampler, fed with prior draws; and the prior draws used for one."""
     share = np.array(world.counts[0]) / sum(world.counts[0])
-    expected = sampler.cost(world.bank(0, 64), beta, ceiling)
+    expected = sampler.cost(world.law(0), beta, ceiling)
     stream = np.random.default_rng(seed).choice(len(share), size=int(1.1 * expected * PICKS) + 1000, p=share)
     index, used = sampler.pick(np.array(world.reward[0])[stream], beta, ceiling, PICKS, seed + 1)
     if len(index) != PICKS or used < int(index.max()) + 1:
@@ -273,15 +270,51 @@ def _picked_law(sampler: AbstractSampler, world: World, beta: float, ceiling: fl
     return np.bincount(stream[index], minlength=len(share)) / PICKS, used / PICKS
 
 
-def check_sampler(sampler: AbstractSampler) -> tuple[Law, ...]:
-    """Whether `pick`, `log_ratio` and `cost` of a sampler describe one law. log_ratio is summed exactly; pick's frequencies are drawn."""
+def check_decoding(decoding: AbstractDecoding) -> tuple[Law, ...]:
+    """Whether `law` makes laws of laws, by itself, in the order of the tokens and in the type of its argument."""
+    generator = torch.Generator().manual_seed(0)
+    laws = (
+        torch.randn(40, 12, generator=generator, dtype=torch.float64) * torch.linspace(0.1, 6, 40, dtype=torch.float64)[:, None]
+    ).log_softmax(1)
+    laws = torch.cat([laws, laws[:8].masked_fill(torch.arange(12) % 3 == 0, -torch.inf).log_softmax(1)])  # some tokens have no mass
+    ties = torch.tensor([[1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0], [1] + [0] * 11, [3, 1, 1, 1, 2, 2, 1, 1, 0, 0, 0, 0]], dtype=torch.float64)
+    every = torch.cat([laws, (ties / ties.sum(1, keepdim=True)).log()])
+    found = decoding.law(every)
+    mass = found.exp()
+    total = float((mass.sum(1) - 1).abs().nan_to_num(math.inf).max())
+    ordered = mass.gather(1, every.sort(dim=1, descending=True, stable=True).indices)
+    risen = float(ordered.diff(dim=1).nan_to_num(math.inf).max())
+    fresh = float(mass[every == -torch.inf].nan_to_num(math.inf).max())
+    shuffle = torch.randperm(12, generator=generator)
+    moved = float((decoding.law(laws[:40, shuffle]).exp() - mass[:40, shuffle]).abs().nan_to_num(math.inf).max())
+    alone = torch.stack([decoding.law(row) for row in every]).exp()
+    mixed = float((decoding.law(every.view(3, 17, 12)).exp().flatten(0, 1) - alone).abs().nan_to_num(math.inf).max())
+    single = decoding.law(every.float())
+    coarse = float((single.double().exp() - mass).abs().nan_to_num(math.inf).max()) if single.dtype == torch.float32 else math.inf
+    return (
+        Law("a decoded law is normalised", total < EXACT, total, "|sum q - 1|"),
+        Law("a likelier token stays at least as likely", risen < EXACT, risen, "mass by which a less likely token comes out above"),
+        Law("a token without mass gets none", fresh == 0, fresh, "largest mass of such a token"),
+        Law("ids do not matter where nothing ties", moved < EXACT, moved, "mass moved by another order of the tokens"),
+        Law("each law is decoded by itself", mixed < EXACT, mixed, "mass moved by laws beside it"),
+        Law("single precision is kept, and is enough", coarse < 1e-4, coarse, "mass apart from double; inf for another type"),
+    )
+
+
+def check_sampler(sampler: AbstractSampler | AbstractDecoding) -> tuple[Law, ...]:
+    """Whether `pick`, `log_ratio` and `cost` of a sampler describe one law. log_ratio is summed exactly; pick's frequencies are drawn.
+
+    A decoding has laws of its own, `check_decoding`.
+    """
+    if isinstance(sampler, AbstractDecoding):
+        return check_decoding(sampler)
     world = World(((2, 3, 4, 1),), ((1.0, -0.5, 2.0, 1.0),), draws=1, length=3)  # two answers tie in reward
-    ceiling, reward, bank = 2.3, np.array(world.reward[0]), world.bank(0, 64)
+    ceiling, reward, law_of_reward = 2.3, np.array(world.reward[0]), world.law(0)
     share = np.array(world.counts[0]) / sum(world.counts[0])
     off, far, price, stable, blind = 0.0, 0.0, 0.0, True, 0.0
     for turn, beta in enumerate(BETAS):
-        law = share * np.exp(sampler.log_ratio(reward, bank, beta, ceiling))
-        wrong = share * np.exp(sampler.log_ratio(reward, bank, 1.1 * beta, ceiling))
+        law = share * np.exp(sampler.log_ratio(reward, law_of_reward, beta, ceiling))
+        wrong = share * np.exp(sampler.log_ratio(reward, law_of_reward, 1.1 * beta, ceiling))
         off = max(off, abs(float(law.sum()) - 1.0))
         found, used = _picked_law(sampler, world, beta, ceiling, 10 * turn)
         again, _ = _picked_law(sampler, world, beta, ceiling, 10 * turn)
@@ -289,7 +322,7 @@ def check_sampler(sampler: AbstractSampler) -> tuple[Law, ...]:
         error = np.sqrt(np.maximum(law * (1 - law), 0) / PICKS + 1 / PICKS**2)
         far = max(far, float(np.max(np.abs(found - law) / error)))
         blind = max(blind, float(np.max(np.abs(found - wrong) / error))) if not np.allclose(law, wrong, rtol=1e-9) else math.inf
-        price = max(price, abs(used / sampler.cost(bank, beta, ceiling) - 1))
+        price = max(price, abs(used / sampler.cost(law_of_reward, beta, ceiling) - 1))
     return (
         Law("log_ratio is the log of a normalised density ratio", off < EXACT, off, "|sum p0 exp(log_ratio) - 1|"),
         Law("pick draws from the law of log_ratio", far < FAR, far, f"standard errors over {PICKS} picks"),

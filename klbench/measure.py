@@ -1,7 +1,8 @@
 """The columns of a board, and measures as values with a printable name.
 
 `kl_prior.rao_blackwell(draws=64)` is the function `rao_blackwell` of `klbench/estimators/kl_prior.py` at 64 draws a prompt; a bare
-column name stands for its default. `Measure.parse` and `str` are inverses, keywords print sorted, an unknown word raises.
+column name stands for its default (`klbench.estimators.named.of` finds the function). `Measure.parse` and `str` are inverses, keywords
+print sorted, hyphen equals underscore, an unknown word raises.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ COLUMNS: Final[dict[str, Column]] = {
     "forward_kl": Column("forward KL", "nats", "low", True, "KL(p*‖q)"),
     "tv": Column("TV", "", "low", True, "½ Σ|q − p*|"),
     "js": Column("JS", "nats", "low", True, "½ KL(q‖m) + ½ KL(p*‖m), m = ½(q + p*)"),
+    "chi2": Column("log(1+χ²)", "nats", "low", True, "log(1 + χ²(p*‖q)), a bound"),
     "own_kl": Column("own KL", "nats", "low", True, "KL(q‖the method's own optimum)"),
     "wasted_nats": Column("wasted nats", "nats", "low", True, "min over λ ≥ 0 of KL(q‖p0·e^{λr}/Z_λ) = KL(q‖p0) − KL*(E_q[r])"),
     "beta_implied": Column("implied β", "reward/nat", "", True, "1/λ̂: the β at which q is closest to a posterior"),
@@ -70,6 +72,9 @@ class Measure:
     OPTIONS: ClassVar = ("draws", "interval", "n")
 
     def __post_init__(self) -> None:
+        for name in ("column", "estimator"):
+            object.__setattr__(self, name, _one_spelling(getattr(self, name)))
+        object.__setattr__(self, "options", tuple((_one_spelling(name), value) for name, value in self.options))
         if self.column not in COLUMNS and not self.column.startswith(("cost.", "lm_eval.")):
             raise unknown("column", self.column, COLUMNS)
         for name, _ in self.options:
@@ -84,8 +89,8 @@ class Measure:
 
     @classmethod
     def parse(cls, text: str) -> Measure:
-        """The inverse of `str`. Raises UserError on anything else."""
-        match = re.fullmatch(r"\s*((?:cost|lm_eval)\.[\w.]+|\w+?)(?:\.(\w+))?(?:\((.*)\))?\s*", text)
+        """The inverse of `str`; a hyphen in a name is an underscore. Raises UserError on anything else."""
+        match = re.fullmatch(r"\s*((?:cost|lm[_-]eval)\.[\w.-]+|[\w-]+?)(?:\.([\w-]+))?(?:\((.*)\))?\s*", text)
         if not match:
             raise UserError(f"measure {text!r}: column.estimator(name=value, ...) expected")
         column, estimator, inside = match.group(1), match.group(2) or "", match.group(3) or ""
@@ -97,3 +102,10 @@ class Measure:
         except (SyntaxError, ValueError, AssertionError):
             raise UserError(f"measure {text!r}: name=value pairs expected in the brackets") from None
         return cls(column, estimator, options)
+
+
+def _one_spelling(name: str) -> str:
+    """In names, hyphen equals underscore; what comes after `lm_eval.` is lm-eval's own name of a task and a metric, kept as written."""
+    first, dot, rest = name.partition(".")
+    first = first.replace("-", "_")
+    return first + dot + (rest if first == "lm_eval" else rest.replace("-", "_"))

@@ -2,7 +2,8 @@
 
 One paper, one file: the module `klbench/objectives/<name>.py` holds one class whose docstring gives formula, gradient, optimum and
 source. `objective(name)` and `sampler(spec)` load by name; a third party's come from entry points `klbench.objectives` and
-`klbench.samplers`, or from a file named with `--include`.
+`klbench.samplers`, or from a file named with `--include`. A sampler is one of two kinds: it picks among whole outputs of the prior, or,
+a decoding, it changes each next-token law.
 """
 
 from __future__ import annotations
@@ -10,14 +11,15 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import math
 import pkgutil
 import re
 import sys
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeVar, final, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,12 +70,50 @@ class AbstractStatefulObjective(ABC):
 Objective = AbstractObjective | AbstractStatefulObjective
 
 
+@final
+@dataclass(frozen=True, eq=False)
+class RewardLaw:
+    """The law of the reward under the prior at one prompt, all that a function of the reward needs to become a density.
+
+    levels [S]: distinct rewards, ascending.  mass [S]: theirs, sum 1.  draws: prior draws behind it, infinite for a sum over every outcome.
+    """
+
+    levels: Array
+    mass: Array
+    draws: float = math.inf
+
+    @classmethod
+    def of(cls, reward: Array, mass: Array | None = None) -> RewardLaw:
+        """Of rewards [N]: prior draws with equal weights, or every outcome with its `mass` (of any sum above 0)."""
+        levels, at, times = np.unique(reward, return_inverse=True, return_counts=True)
+        weight = times.astype(np.float64) if mass is None else np.bincount(at, weights=mass, minlength=len(levels))
+        there = weight > 0
+        return cls(levels[there], weight[there] / weight.sum(), math.inf if mass is not None else float(len(reward)))
+
+    def log_mean_exp(self, tilt: Array) -> float:
+        """log E_p0[exp(tilt)], tilt [S] a level."""
+        top = float(np.max(tilt))
+        return top + math.log(float(self.mass @ np.exp(tilt - top)))
+
+    def log_best_of(self, reward: Array, n: int) -> Array:
+        """[N] log of best-of-n's density over the prior's, [F(r)^n - F(r-)^n] / P0(r) = a^(n-1) (1 + c + ... + c^(n-1)).
+
+        a = F(r), c = F(r-)/F(r): no division by P0(r), so a reward between two levels takes F of the nearest below it, c = 1, and the
+        continuous limit n F^(n-1); one below every level takes the lowest one's.
+        """
+        cumulative = np.concatenate([[0.0], np.cumsum(self.mass)[:-1], [1.0]])
+        at = np.maximum(np.asarray(reward, dtype=np.float64), self.levels[0])
+        upto = cumulative[np.searchsorted(self.levels, at, side="right")]
+        below = cumulative[np.searchsorted(self.levels, at, side="left")]
+        return np.asarray((n - 1) * np.log(upto) + np.log(((below / upto)[:, None] ** np.arange(n)).sum(1)))
+
+
 @runtime_checkable
 class ClosedForm(Protocol):
     """An objective with an optimum of its own, p0 times a function of the reward."""
 
-    def own(self, reward: Array, bank: Array, beta: float, draws: int) -> Array:
-        """[N] log of the optimum over p0 at `reward`, the reward's law taken from the bank's rewards [N0]; draws: K of a group."""
+    def own(self, reward: Array, law: RewardLaw, beta: float, draws: int) -> Array:
+        """[N] log of the optimum over p0 at `reward`, `law` that of the reward under the prior at this prompt; draws: K of a group."""
         ...
 
 
@@ -81,14 +121,16 @@ class ClosedForm(Protocol):
 class AbstractSampler(ABC):
     """A decoding-time policy q(x) = p0(x) g(r(x)): it changes the prior by a function of the reward alone.
 
-    Its log-density ratio needs no model, only the law of the reward under the prior, which the bank holds.
+    Its log-density ratio needs no model, only the law of the reward under the prior: the bank's, or the exact one. draws_target: what it
+    returns follows p* exactly.
     """
 
     source: ClassVar[str]
+    draws_target: ClassVar[bool] = False
 
     @abstractmethod
-    def log_ratio(self, reward: Array, bank: Array, beta: float, reward_max: float) -> Array:
-        """log q(x)/p0(x) of draws with `reward` [N], the reward's law taken from the bank's rewards [N0] of the same prompt."""
+    def log_ratio(self, reward: Array, law: RewardLaw, beta: float, reward_max: float) -> Array:
+        """log q(x)/p0(x) of draws with `reward` [N], `law` that of the reward under the prior at the same prompt."""
 
     @abstractmethod
     def pick(self, reward: Array, beta: float, reward_max: float, draws: int, seed: int) -> tuple[NDArray[np.int64], int]:
@@ -98,8 +140,22 @@ class AbstractSampler(ABC):
         """
 
     @abstractmethod
-    def cost(self, bank: Array, beta: float, reward_max: float) -> float:
+    def cost(self, law: RewardLaw, beta: float, reward_max: float) -> float:
         """Expected prior draws that one draw costs."""
+
+
+@dataclass(frozen=True)
+class AbstractDecoding(ABC):
+    """A decoding-time policy that changes each next-token law by itself: q(.|prefix) is a function of p(.|prefix) alone.
+
+    It has a density wherever the model under it has one.
+    """
+
+    source: ClassVar[str]
+
+    @abstractmethod
+    def law(self, log_probs: Tensor) -> Tensor:
+        """[..., V] log-probabilities of the next token to those of the decoded law: normalised, -inf where truncated, dtype kept."""
 
 
 Found = TypeVar("Found", bound=type)
@@ -152,14 +208,25 @@ def objective(name: str, include: tuple[Path, ...] = ()) -> Objective:
     return loaded
 
 
-def sampler(spec: str, include: tuple[Path, ...] = ()) -> AbstractSampler:
-    """`best_of_n:16` is the class of `best_of_n` with its first field 16. Raises UserError with the nearest name."""
+def sampler(spec: str, include: tuple[Path, ...] = ()) -> AbstractSampler | AbstractDecoding:
+    """`best_of_n:16` is the class of `best_of_n` with its first field 16, `temperature:0.7` a decoding with its first field 0.7.
+
+    What may stand after the colon is the type of that field: int a whole number, float any. Raises UserError with the nearest name.
+    """
     name, _, argument = spec.partition(":")
-    made = _load("samplers", "sampler", name, (AbstractSampler,), include)
-    if not argument:
-        loaded: AbstractSampler = made()
-        return loaded
-    if not re.fullmatch(r"[0-9]{1,9}", argument):
+    made = _load("samplers", "sampler", name, (AbstractSampler, AbstractDecoding), include)
+    loaded: AbstractSampler | AbstractDecoding = made(_argument(spec, made, argument)) if argument else made()
+    return loaded
+
+
+def _argument(spec: str, made: type, text: str) -> int | float:
+    first = next(iter(fields(made)), None)
+    if first is None:
+        raise UserError(f"sampler {spec!r}: {spec.partition(':')[0]} takes nothing after the colon")
+    if first.type in ("float", float):
+        if not re.fullmatch(r"([0-9]{1,9}(\.[0-9]{0,17})?|\.[0-9]{1,17})(e-?[0-9]{1,2})?", text):
+            raise UserError(f"sampler {spec!r}: a number expected after the colon")
+        return float(text)
+    if not re.fullmatch(r"[0-9]{1,9}", text):
         raise UserError(f"sampler {spec!r}: a whole number expected after the colon")
-    with_argument: AbstractSampler = made(int(argument))
-    return with_argument
+    return int(text)

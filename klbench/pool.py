@@ -1,4 +1,4 @@
-"""log Z and reverse KL together: the prior's bank, a policy's draws and those of other policies as strata of one mixture, a prompt at a time.
+"""log Z and reverse KL together: the prior's bank, a policy's draws and other policies' as strata of one mixture, a prompt at a time.
 
     rows i of strata j (0 the prior, 1 the policy q, 2.. others), n_j draws each, a_j = n_j / n;  m = sum_j a_j q_j       balance heuristic
     w = p0 exp(tilt) / m    mean w = Z          s = q / m    mean s = 1          tilt = r / beta
@@ -30,13 +30,15 @@ from typing import Final, final
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import entr, logsumexp
+from scipy.special import chdtri, entr, logsumexp
 
 from klbench import estimate, weights
 from klbench.estimate import BLOCKS, Array, Estimate, Jackknife
+from klbench.estimators import betting, chi2, kl_prior
 from klbench.rows import Rows
 
 RIDGE: Final = 1e-6
+INTERVALS: Final = ("jackknife", "betting")
 DROP: Final = 0.3  # control variates that push Z below this share of the plain mean are dropped for that prompt
 
 
@@ -54,13 +56,17 @@ class Stratum:
 
 @dataclass(frozen=True)
 class Fit:
-    """Per-prompt results [P] of one fit. `free` = KL(q||p0) - E_q r/beta (times that beta's inverse), log Z of its own."""
+    """Per-prompt results [P] of one fit. `free` = KL(q||p0) - E_q r/beta (times that beta's inverse), log Z of its own.
+
+    chi2 is log(1 + chi2(p*||q)).
+    """
 
     free: Array
     log_z: Array
     forward_kl: Array
     tv: Array
     js: Array
+    chi2: Array
 
 
 @dataclass(frozen=True)
@@ -72,15 +78,6 @@ class _Tilted:
     gap: Array
     m0: Array
     top: Array
-
-
-@dataclass(frozen=True)
-class _Regressed:
-    """w and y without what X explains: Z~ exp(-top) and F - m0 [P], and their residuals [P, n, 2]."""
-
-    z: Array
-    f: Array
-    left: Array
 
 
 def _kept(x: Array, leave: int | None) -> Array:
@@ -96,10 +93,13 @@ def _stable_exp(x: Array) -> Array:
 class Pool:
     """The strata of one policy on one task. `rest` [P, M] holds the rewards of the bank's unscored draws (M may be 0).
 
+    refits: 8 pools of the same draws whose densities were estimated without block b of the bank, for a policy that takes its own from
+    there (best-of-n): the error of the density is then in every interval.
+
     Raises ValueError for shapes that disagree and for fewer than 16 draws in a stratum.
     """
 
-    def __init__(self, own: Rows, bank: Rows, rest: Array, reward_max: Array, others: Sequence[Stratum] = ()):
+    def __init__(self, own: Rows, bank: Rows, rest: Array, reward_max: Array, others: Sequence[Stratum] = (), refits: Sequence[Pool] = ()):
         prompts = own.log_q.shape[0]
         sizes = [bank.log_q.shape[1], own.log_q.shape[1], *(o.rows.log_q.shape[1] for o in others)]
         n = sum(sizes)
@@ -111,7 +111,7 @@ class Pool:
                 raise ValueError(f"density of a stratum: {(prompts, n)} expected, got {other.density.shape}")
         if min(sizes) < estimate.LEAST_DRAWS:
             raise ValueError(f"at least {estimate.LEAST_DRAWS} draws a prompt are needed from policy and prior, got {min(sizes)}")
-        self.own, self.bank, self.rest, self.reward_max = own, bank, rest, reward_max
+        self.own, self.bank, self.rest, self.reward_max, self.refits = own, bank, rest, reward_max, refits
         self.prompts, self.draws, self.bank_draws = prompts, sizes[1], sizes[0] + rest.shape[1]
         self.rows = Rows.joined(bank, own, *(o.rows for o in others))
         self._stratum = np.repeat(np.arange(len(sizes)), sizes)
@@ -160,42 +160,49 @@ class Pool:
             gap = np.where(w > 0, self.rows.log_p0 + tilt - self.rows.log_q, 0.0)
         return _Tilted(w, self._s * (f - m0), gap, m0, top)
 
-    def _regress(self, tilted: _Tilted, omega: Array) -> _Regressed:
-        """Least squares of w and y on X with intercept over the mixture's rows, a prompt at a time."""
-        X, targets = self._X, np.stack([tilted.w, tilted.y], 2)
-        mean_x, mean_t = omega @ X, omega @ targets  # [P, d], [P, 2]
+    def _regress(self, targets: Array, omega: Array, guard: bool = False) -> tuple[Array, Array]:
+        """[P, t] means over the mixture of targets [P, n, t] less what X explains (least squares with intercept), and the residuals.
+
+        guard: the first target is w; where its mean would fall below DROP of the plain one, that prompt does without X.
+        """
+        X = self._X
+        mean_x, mean_t = omega @ X, omega @ targets  # [P, d], [P, t]
         weighted = (X * omega[:, None]).transpose(0, 2, 1)
         gram = weighted @ X - mean_x[:, :, None] * mean_x[:, None, :]
         cross = weighted @ targets - mean_x[:, :, None] * mean_t[:, None, :]
         b = np.linalg.solve(gram + RIDGE * np.eye(X.shape[2]), cross)
         found = mean_t - (mean_x[:, None, :] @ b)[:, 0]
-        dropped = found[:, 0] < DROP * mean_t[:, 0]
-        b = np.where(dropped[:, None, None], 0.0, b)
-        found = np.where(dropped[:, None], mean_t, found)
-        return _Regressed(found[:, 0], found[:, 1], targets - X @ b)
+        if guard:
+            dropped = (found[:, 0] < DROP * mean_t[:, 0])[:, None]
+            b, found = np.where(dropped[:, None], 0.0, b), np.where(dropped, mean_t, found)
+        return found, targets - X @ b
 
     def _finish(self, inverse_beta: float, k: Array | float, leave: int | None, tilted: _Tilted) -> Fit:
-        omega = self._weights(leave)
-        found = self._regress(tilted, omega)
-        top = tilted.top
+        omega, top = self._weights(leave), tilted.top
+        found, _ = self._regress(np.stack([tilted.w, tilted.y], 2), omega, guard=True)
         rest = _kept(self.rest, leave)
-        z_rest = _stable_exp(inverse_beta * rest - top).mean(1) if rest.shape[1] else found.z
-        z_rest = np.where(z_rest > 1e-100, z_rest, found.z)  # hundreds of nats below the scored rows: it says nothing
-        z = (1 - k) * found.z + k * z_rest
+        z_rest = _stable_exp(inverse_beta * rest - top).mean(1) if rest.shape[1] else found[:, 0]
+        z_rest = np.where(z_rest > 1e-100, z_rest, found[:, 0])  # hundreds of nats below the scored rows: it says nothing
+        z = (1 - k) * found[:, 0] + k * z_rest
         log_z = np.log(z) + top[:, 0]
         s, u = self._s, tilted.w / z[:, None]
+        # E_m[u log(u/s) - u + s] = KL(p*||q): never negative, and an error of Z enters it at second order
         with np.errstate(invalid="ignore"):
-            terms = np.where(u * omega > 0, u * tilted.gap, 0.0)
-        forward = (terms @ omega) / (u @ omega) - log_z
+            forward = np.where(u * omega > 0, u * (tilted.gap - log_z[:, None]), 0.0) - u + s
         js = 0.5 * ((_xlog2(s, u) + _xlog2(u, s)) @ omega)
-        return Fit(tilted.m0[:, 0] + found.f, log_z, forward, 0.5 * (np.abs(s - u) @ omega), js)
+        with np.errstate(divide="ignore"):
+            spread = chi2.log_chi2(np.log(u), self.rows.log_q - self._log_m, omega)
+        return Fit(tilted.m0[:, 0] + found[:, 1], log_z, forward @ omega, 0.5 * (np.abs(s - u) @ omega), js, spread)
 
     def fit(self, inverse_beta: float, k: Array | float = 0.0, leave: int | None = None) -> Fit:
         """One fit at tilt = inverse_beta * reward, with block `leave` of every stratum left out."""
-        return self._finish(inverse_beta, k, leave, self._tilted(inverse_beta))
+        at = self if leave is None or not self.refits else self.refits[leave]
+        return at._finish(inverse_beta, k, leave, at._tilted(inverse_beta))
 
     def fits(self, inverse_beta: float, k: Array | float) -> tuple[Fit, list[Fit]]:
         """The full fit and those with each block left out."""
+        if self.refits:
+            return self.fit(inverse_beta, k), [self.fit(inverse_beta, k, b) for b in range(BLOCKS)]
         tilted = self._tilted(inverse_beta)
         return self._finish(inverse_beta, k, None, tilted), [self._finish(inverse_beta, k, b, tilted) for b in range(BLOCKS)]
 
@@ -204,8 +211,9 @@ class Pool:
         if not self.rest.shape[1]:
             return np.zeros(self.prompts)
         tilted = self._tilted(inverse_beta)
-        found = self._regress(tilted, self._weights(None))
-        u, f, n = found.left[:, :, 0] / found.z[:, None], found.left[:, :, 1], len(self._block)
+        found, left = self._regress(np.stack([tilted.w, tilted.y], 2), self._weights(None), guard=True)
+        z, f, n = found[:, 0], left[:, :, 1], len(self._block)
+        u = left[:, :, 0] / z[:, None]
 
         def stratified(a: Array, b: Array) -> Array:  # covariance of the means of a and b, fixed allocation
             total = np.zeros(self.prompts)
@@ -215,22 +223,74 @@ class Pool:
             return total / n**2
 
         v_u, v_f, c = stratified(u, u), stratified(f, f), stratified(u, f)
-        v_r = (_stable_exp(inverse_beta * self.rest - tilted.top) / found.z[:, None]).var(1) / self.rest.shape[1]
+        v_r = (_stable_exp(inverse_beta * self.rest - tilted.top) / z[:, None]).var(1) / self.rest.shape[1]
         grid = np.linspace(0, 1, 41)[:, None]
         var = v_f + (1 - grid) ** 2 * v_u + 2 * (1 - grid) * c + grid**2 * v_r
-        reach = self.reach(inverse_beta, np.log(found.z) + tilted.top[:, 0], grid)
+        reach = self.reach(inverse_beta, np.log(z) + tilted.top[:, 0], grid)
         width = 2 * np.sqrt(np.maximum(var, 0) / self.prompts) + estimate.widening(np.maximum(reach, 1e-300))
         certified = reach >= estimate.CERTIFIED
         width = np.where(certified | ~certified.any(0), width, np.inf)  # where some k certifies, none that does not is worth its width
         return np.asarray(grid[width.argmin(0), 0])
 
-    def lambda_hat(self, leave: int | None = None, start: float | None = None) -> float:
-        """argmin over lambda >= 0 of mean_p [log Z_p(lambda) - lambda E_q r]: where the policy is closest to a posterior."""
-        bank = np.concatenate([_kept(self.bank.reward, leave), _kept(self.rest, leave)], 1)
-        return nearest_lambda(bank, float(_kept(self.own.reward, leave).mean()), start)
+    def _line(self, leave: int | None) -> tuple[Array, Array]:
+        """[P] KL(q||p0) and E_q r by the mixture: free(lambda) is the first less lambda times the second."""
+        at = self if leave is None or not self.refits else self.refits[leave]
+        s, targets, centres = at._s, [], []
+        for x in (at._ratio, at.rows.reward):
+            centre = (s * x).sum(1, keepdims=True) / s.sum(1, keepdims=True)
+            targets.append(s * (x - centre))
+            centres.append(centre[:, 0])
+        found, _ = at._regress(np.stack(targets, 2), at._weights(leave))
+        return centres[0] + found[:, 0], centres[1] + found[:, 1]
 
-    def columns(self, inverse_beta: float) -> tuple[dict[str, Estimate], dict[str, Array], Array]:
-        """All columns that hold Z or p*, per-prompt arrays, and the reach [P] behind reverse_kl."""
+    def _log_z(self, lam: float, k: Array | float, leave: int | None) -> tuple[Array, Array, Array]:
+        """[P] log Z(lambda) and its first two derivatives in lambda; w and r w are regressed, r^2 w is not."""
+        at = self if leave is None or not self.refits else self.refits[leave]
+        reward, omega = at.rows.reward, at._weights(leave)
+        log_w = at.rows.log_p0 + lam * reward - at._log_m
+        top = log_w.max(1, keepdims=True)
+        w = np.exp(log_w - top)
+        centre = (w * reward).sum(1, keepdims=True) / w.sum(1, keepdims=True)  # derivatives are of the centred reward: no cancellation
+        r = reward - centre
+        found, _ = at._regress(np.stack([w, w * r], 2), omega, guard=True)
+        moments = [found[:, 0], found[:, 1], (w * r * r) @ omega]
+        if self.rest.shape[1]:
+            r = _kept(self.rest, leave)
+            e = _stable_exp(lam * r - top)
+            there = e.mean(1) > 1e-100  # hundreds of nats below the scored rows: it says nothing
+            r = r - centre
+            moments = [(1 - k) * x + k * np.where(there, y.mean(1), x) for x, y in zip(moments, (e, e * r, e * r * r), strict=True)]
+        mean = moments[1] / moments[0]
+        return np.log(moments[0]) + top[:, 0], mean + centre[:, 0], np.maximum(moments[2] / moments[0] - mean**2, 0.0)
+
+    def _mean_and_variance(self, k: Array) -> Callable[[float], tuple[float, float]]:
+        """Of the reward under the tilted prior at a lambda, mean over prompts."""
+
+        def found(lam: float) -> tuple[float, float]:
+            _, mean, variance = self._log_z(lam, k, None)
+            return float(mean.mean()), float(variance.mean())
+
+        return found
+
+    def nearest(self, start: float) -> tuple[float, Array]:
+        """argmin over lambda >= 0 of mean_p [log Z_p(lambda) - lambda E_q r], where the policy is closest to a posterior; and its k [P].
+
+        The function that is minimised is the one that `wasted_nats` prints: by Newton steps kept inside a bracket, at most 60 spans.
+        """
+        reward = float(self._line(None)[1].mean())
+        span = float((self.bank.reward.max(1) - self.bank.reward.min(1)).max()) or 1.0
+        k, lam = self.choose_k(start), start
+        for _ in range(2):  # k belongs to a lambda: chosen where the search starts, and again where it ended
+            lam = _minimum(self._mean_and_variance(k), reward, 60.0 / span, lam)
+            k = self.choose_k(lam)
+        return lam, k
+
+    def columns(self, inverse_beta: float, interval: str = "jackknife") -> tuple[dict[str, Estimate], dict[str, Array], Array]:
+        """All columns that hold Z or p*, per-prompt arrays, and the reach [P] behind reverse_kl. interval: one of INTERVALS.
+
+        "betting" gives log_z an interval that is exact at any N0, from prior draws alone, and reverse_kl the sum of that and of the
+        t interval of F, each at 97.5 %; the other columns keep theirs.
+        """
         k = self.choose_k(inverse_beta)
         full, left = self.fits(inverse_beta, k)
 
@@ -245,11 +305,18 @@ class Pool:
         known = bool(np.isfinite(self.reward_max).all())
         for name, figure in (("reverse_kl", reverse), ("log_z", log_z)):
             out[name] = self._guard(figure.mean(n=n, widen=estimate.widening(reach)), reach, known)
+        if interval == "betting":
+            tilt = inverse_beta * np.concatenate([self.bank.reward, self.rest], 1)
+            ceiling = inverse_beta * self.reward_max if inverse_beta > 0 else np.zeros(self.prompts)
+            (low, high), part = betting.mean_log_z(tilt, ceiling, 0.975), free.mean(n=n, level=0.975)
+            assert part.low is not None and part.high is not None
+            out["log_z"] = estimate.by_betting(out["log_z"], *betting.mean_log_z(tilt, ceiling), reach)
+            out["reverse_kl"] = estimate.by_betting(out["reverse_kl"], part.low + low, part.high + high, reach)
         if self.infinite:
             nowhere = estimate.exactly(math.inf, n, "the policy puts mass where the prior has none")
             out |= {"reverse_kl": nowhere, "wasted_nats": nowhere}
         else:
-            out |= self._waste(n, known)
+            out |= self._waste(inverse_beta, n, known)
         hidden = 3.0 / (scored + 3.0)  # the most of p* that no scored prior draw has seen (95 %)
         for name, get in (("tv", lambda x: x.tv), ("js", lambda x: x.js), ("forward_kl", lambda x: x.forward_kl)):
             out[name] = self._guard(_unseen(name, jack(get).mean(n=n), hidden), scored, known)
@@ -257,9 +324,11 @@ class Pool:
             out["forward_kl"] = replace(out["forward_kl"], status="lower", high=None, population=None)
         w = np.exp(self.own.log_p0 + inverse_beta * self.own.reward - self.own.log_q - full.log_z[:, None])
         effective = weights.ess(w)
-        out["ess"] = Estimate(float(effective.mean()), n=n, status="certified", reason="certifies nothing")
-        out["khat"] = Estimate(max(weights.khat(x) for x in w), n=n, reason="largest over prompts; certifies nothing")
-        out["reverse_kl"] = replace(out["reverse_kl"], ess=float(effective.mean()))
+        khat, ess = max(weights.khat(x) for x in w), float(effective.mean())
+        out["chi2"] = self._guard(chi2.guarded(jack(lambda x: x.chi2), n, khat, float(effective.min())), scored, known)
+        out["ess"] = Estimate(ess, n=n, reason="certifies nothing")
+        out["khat"] = Estimate(khat, n=n, reason="largest over prompts; certifies nothing")
+        out["reverse_kl"] = replace(out["reverse_kl"], ess=ess)
         least = float(reach.min())
         out["reach"] = (
             Estimate(least, n=self.bank_draws, reason="least over prompts") if known else estimate.undefined("no reward_max declared")
@@ -275,35 +344,75 @@ class Pool:
         if figure.status == "exact":
             return figure
         if known:
-            return estimate.by_reach(figure, reach, self.bank_draws)
+            found = estimate.by_reach(figure, reach, self.bank_draws)
+            bound = figure.status == "lower" and found.status != "uncertified"
+            return replace(found, status="lower", reason=figure.reason) if bound else found
         blind = replace(figure, low=None, high=None, population=None, status="uncertified")
         return replace(blind, reason="no reward_max was declared: nothing bounds what the prior draws missed")
 
-    def _waste(self, n: int, known: bool) -> dict[str, Estimate]:
-        """wasted_nats at lambda-hat, refitted in each block; 1/lambda-hat; and KL*(E_q r) / KL(q||p0) where that is not 0/0."""
-        lam = self.lambda_hat()
-        k = self.choose_k(lam)
-        full = self.fit(lam, k)
-        lams = [self.lambda_hat(b, lam) for b in range(BLOCKS)]
-        left = np.stack([(lambda x: x.free + x.log_z)(self.fit(each, k, b)) for b, each in enumerate(lams)])
-        jack = Jackknife(full.free + full.log_z, left)
-        reach = self.reach(lam, full.log_z, k)
-        waste = self._guard(jack.mean(n=n, widen=estimate.widening(reach)), reach, known)
-        slope = Jackknife(np.array([lam]), np.array(lams)[:, None])
-        half = estimate.t_quantile(BLOCKS - 1) * float(np.sqrt(slope.variances[0]))
+    def _waste(self, start: float, n: int, known: bool) -> dict[str, Estimate]:
+        """wasted_nats = min over lambda of g(lambda) = free(lambda) + log Z(lambda); 1/lambda-hat; and KL*(E_q r) / KL(q||p0).
+
+        A left-out block moves lambda by one Newton step d_b = -g_b'/g'', and g_b's minimum is its value at lambda-hat less g'' d_b^2 / 2.
+        """
+        lam, k = self.nearest(start)
+        blocks = (None, *range(BLOCKS))
+        lines, duals = [self._line(b) for b in blocks], [self._log_z(lam, k, b) for b in blocks]
+        g = np.stack([kl - lam * reward + log_z for (kl, reward), (log_z, _, _) in zip(lines, duals, strict=True)])
+        slope = np.array([float((first - reward).mean()) for (_, reward), (_, first, _) in zip(lines, duals, strict=True)])
+        bend = max(float(duals[0][2].mean()), 1e-12)
+        step = np.maximum(-slope[1:] / bend, -lam)
+        gained = slope[1:] * step + 0.5 * bend * step**2  # of each block's mean, by its own lambda; never above 0
+        jack, reach = Jackknife(g[0], g[1:]), self.reach(lam, duals[0][0], k)
+        waste = _moved(jack.mean(n=n, widen=estimate.widening(reach)), -(BLOCKS - 1) * float(gained.mean()))
         invert = lambda x: math.inf if x <= 0 else 1.0 / x  # noqa: E731
-        implied = Estimate(invert(lam), invert(lam + half), invert(lam - half), None, n, status=waste.status, reason=waste.reason)
+        half = estimate.t_quantile(BLOCKS - 1) * float(np.sqrt(Jackknife(np.array([lam]), lam + step[:, None]).variances[0]))
+        most = np.where(np.isfinite(self.reward_max), self.reward_max, self.bank.reward.max(1))
+        unseen = float((3.0 / (reach + 3.0) * (most - duals[0][1])).mean()) / bend  # what a region that nobody saw would take from lambda
+        implied = Estimate(invert(lam), invert(lam + half), invert(lam - half - unseen), n=n)
+        doubt = self._few_below_the_top()
+        if (
+            doubt > 0
+        ):  # nearly every draw earns the most there is: lambda is known from below, KL* between what less reward and all of it cost
+            reward, bank = float(lines[0][1].mean()), np.concatenate([self.bank.reward, self.rest], 1)
+            least = nearest_lambda(bank, reward - doubt, lam)
+            full = float(np.mean(-np.log(np.maximum((bank >= bank.max(1, keepdims=True)).mean(1), 1e-300))))
+            more = max(0.0, full - (lam * reward - float(duals[0][0].mean())))
+            waste = replace(waste, low=(waste.low or 0.0) - more, high=(waste.high or 0.0) + lam * doubt, population=None)
+            why = "nearly every draw earns the highest reward there is: any smaller beta fits as well"
+            implied = Estimate(invert(least), 0.0, invert(least), n=n, status="upper", reason=why)
+        waste = self._guard(waste, reach, known)
+        if implied.status != "upper":
+            implied = replace(implied, status=waste.status, reason=waste.reason)
         if waste.status == "uncertified":
             implied = replace(implied, low=None, high=None)
-        kl = kl_prior(self.own)
-        found = {"wasted_nats": waste, "beta_implied": implied}
+        found, kl = {"wasted_nats": waste, "beta_implied": implied}, kl_prior.regressed(self.own)
         if (kl.mean(n=n).low or 0.0) <= 0:
             return found
-        ratio = Jackknife(np.array([1 - jack.full.mean() / kl.full.mean()]), (1 - left.mean(1) / kl.left.mean(1))[:, None])
-        share = ratio.mean(n=n)
+        left = 1 - (g[1:].mean(1) + gained) / kl.left.mean(1)
+        share, scale = Jackknife(np.array([1 - g[0].mean() / kl.full.mean()]), left[:, None]).mean(n=n), float(kl.full.mean())
+        share = replace(share, low=(share.low or 0.0) - float(np.mean(estimate.widening(reach))) / scale)
+        if doubt > 0:
+            share = replace(share, low=(share.low or 0.0) - lam * doubt / scale, high=(share.high or 0.0) + more / scale)
         clip = lambda x: None if x is None else min(1.0, max(0.0, x))  # noqa: E731
         share = replace(share, value=clip(share.value), low=clip(share.low), high=clip(share.high), population=None)
         return {**found, "kl_efficiency": self._guard(share, reach, known)}
+
+    def _few_below_the_top(self) -> float:
+        """How much less than seen E_q r may be where fewer than 10 draws in all earn less than a prompt's most: the rest of the reward's
+        97.5 % Poisson limit on their number, times the span; 0 where there are more, and the jackknife can see them."""
+        reward, most = self.own.reward, np.maximum(self.own.reward.max(1), self.bank.reward.max(1))[:, None]
+        below, span = int((reward < most).sum()), float((most[:, 0] - self.bank.reward.min(1)).max())
+        if below >= 10:
+            return 0.0
+        return (float(chdtri(2 * below + 2, 0.025)) / 2 - below) * span / reward.size
+
+
+def _moved(figure: Estimate, by: float) -> Estimate:
+    """The same interval elsewhere."""
+    value, low, high = (None if x is None else x + by for x in (figure.value, figure.low, figure.high))
+    ends = figure.population
+    return replace(figure, value=value, low=low, high=high, population=None if ends is None else (ends[0] + by, ends[1] + by))
 
 
 def _xlog2(a: Array, b: Array) -> Array:
@@ -325,61 +434,35 @@ def _unseen(name: str, figure: Estimate, hidden: Array) -> Estimate:
     return replace(figure, low=max(0.0, (1 - e) * low - entropy), high=high + e + entropy, population=None)
 
 
-def kl_prior(own: Rows) -> Jackknife:
-    """KL(q||p0) = E_q[kl], regressed on D = A - B, whose mean is 0: kl - c D, c by least squares, refitted in each block.
-
-    kl - D is the plain estimate log q - log p0, so this is never worse than either (Amini, Vieira, Cotterell 2025, arXiv:2504.10637).
-    """
-    return regressed(own.kl, own.A - own.B)
-
-
-def regressed(y: Array, x: Array) -> Jackknife:
-    """Means over draws [P, N] of y - c x, x of mean 0 under the draws' law; c by least squares with intercept, a prompt at a time."""
-
-    def mean(y: Array, x: Array) -> Array:
-        dx = x - x.mean(1, keepdims=True)
-        square = (dx**2).sum(1)
-        slope = np.divide((dx * y).sum(1), square, out=np.zeros(len(y)), where=square > 1e-12)
-        return np.asarray((y - slope[:, None] * x).mean(1))
-
-    block = estimate.blocks_of(y.shape[1])
-    return Jackknife(mean(y, x), np.stack([mean(y[:, block != b], x[:, block != b]) for b in range(BLOCKS)]))
-
-
-def bounded_mean(own: Array, control: Array | None, span: float) -> Estimate:
-    """E_q of a bounded figure [P, N], regressed on the mean-0 `control`; one that never varies gets 3 span / (N P), never zero width."""
-    jack = estimate.jackknife(own) if control is None else regressed(own, control)
-    figure = jack.mean(n=own.size)
-    if span > 0 and (figure.stderr or 0.0) <= 1e-12 * max(span, abs(figure.value or 0.0)):  # constant but for rounding
-        pad = 3.0 * span / own.size
-        figure = replace(figure, low=(figure.low or 0.0) - pad, high=(figure.high or 0.0) + pad)
-    return figure
-
-
 def nearest_lambda(bank: Array, reward: float, start: float | None = None) -> float:
-    """argmin over lambda >= 0 of mean_p log mean_i exp(lambda r_pi) - lambda reward: convex, by Newton steps kept inside a bracket.
+    """argmin over lambda >= 0 of mean_p log mean_i exp(lambda r_pi) - lambda reward, from prior draws [P, N] alone.
 
     0 when the reward is at most the prior's; capped at 60 spans where the tilted prior cannot reach it.
     """
     span = float((bank.max(1) - bank.min(1)).max()) or 1.0
 
-    def slope_and_curvature(lam: float) -> tuple[float, float]:
+    def mean_and_variance(lam: float) -> tuple[float, float]:
         tilt = lam * bank
         share = np.exp(tilt - tilt.max(1, keepdims=True))
         share /= share.sum(1, keepdims=True)
         mean = (share * bank).sum(1)
-        return float(mean.mean()) - reward, float(((share * bank * bank).sum(1) - mean**2).mean())
+        return float(mean.mean()), float(((share * bank * bank).sum(1) - mean**2).mean())
 
-    low, high = 0.0, 60.0 / span
-    if slope_and_curvature(0.0)[0] >= 0:
+    return _minimum(mean_and_variance, reward, 60.0 / span, start or 1.0 / span)
+
+
+def _minimum(tilted: Callable[[float], tuple[float, float]], reward: float, most: float, start: float) -> float:
+    """lambda in [0, most] at which `tilted`, the tilted mean reward and its slope, is `reward`: Newton steps kept inside a bracket."""
+    low, high = 0.0, most
+    if tilted(0.0)[0] >= reward:
         return 0.0
-    lam = min(max(start, 0.0), high) if start else 1.0 / span
+    lam = min(max(start, 0.0), high)
     for _ in range(100):
-        slope, curvature = slope_and_curvature(lam)
-        low, high = (lam, high) if slope < 0 else (low, lam)
-        step = lam - slope / curvature if curvature > 0 else math.nan
+        mean, variance = tilted(lam)
+        low, high = (lam, high) if mean < reward else (low, lam)
+        step = lam - (mean - reward) / variance if variance > 0 else math.nan
         new = step if low < step < high else (low + high) / 2
-        if abs(new - lam) <= 1e-10 * max(1.0, lam):
+        if abs(new - lam) <= 1e-9 * max(1.0, lam):
             return new
         lam = new
     return lam

@@ -7,7 +7,8 @@ It reads the events of `klbench.run` and of the executors: "plan" (with "cells" 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Final
@@ -161,3 +162,14 @@ def span(seconds: float | None) -> str:
     minutes, rest = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+@contextmanager
+def status() -> Iterator[Callable[[str], None]]:
+    """One changing line on stderr while something long is done; nothing where stderr is no terminal."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda text: None
+        return
+    with console.status("loading models") as shown:
+        yield lambda text: shown.update(Text(text))

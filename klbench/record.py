@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal, final
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from klbench.errors import UserError
 from klbench.estimate import Estimate
@@ -23,10 +36,33 @@ EstimateField = Annotated[
 ]
 
 
-class Strict(BaseModel):
-    """A frozen model in which an unknown key is an error."""
+def _number(x: float) -> float:
+    if math.isnan(x):
+        raise ValueError("a truth is NaN")
+    return x
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+
+Truth = Annotated[  # infinite ones are the words "inf" and "-inf" in JSON, as in an estimate
+    float, AfterValidator(_number), PlainSerializer(lambda x: x if math.isfinite(x) else f"{x:g}", return_type=float | str)
+]
+
+
+class Strict(BaseModel):
+    """A frozen model in which an unknown key is an error.
+
+    LATER: fields that came after the first records. One at its default is not written, so that ids and hashes of older runs stand.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")  # left to `to_json`, which refuses them
+    LATER: ClassVar[tuple[str, ...]] = ()
+
+    @model_serializer(mode="wrap")
+    def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data: dict[str, Any] = handler(self)
+        for name in self.LATER:
+            if getattr(self, name) == type(self).model_fields[name].get_default(call_default_factory=True):
+                data.pop(name, None)
+        return data
 
 
 class Train(Strict):
@@ -41,11 +77,19 @@ class Train(Strict):
 
 
 class Score(Strict):
-    """How a policy is scored, draws a prompt: `draws` of its own, `bank` prior draws scored under it; `prompts` 0 means all."""
+    """How a policy is scored, draws a prompt: `draws` of its own, `bank` prior draws scored under it; `prompts` 0 means all.
+
+    prior_draws: length of the bank where none ships. truth: every figure is also summed over all outcomes, which must be few enough to list
+    (klbench/exact.py).
+    """
+
+    LATER: ClassVar[tuple[str, ...]] = ("truth", "prior_draws")
 
     draws: int = Field(128, ge=16)
     bank: int = Field(128, ge=16)
     prompts: int = Field(0, ge=0)
+    prior_draws: int = Field(512, ge=16)
+    truth: bool = False
 
 
 class Run(Strict):
@@ -96,7 +140,10 @@ class Record(Strict):
 
     columns: DESIGN.md section 3.  prompts: per-prompt values, aligned with prompt_ids; `free` is KL(q||p0) - E_q[r]/beta, whose
     paired difference between two policies is that of their reverse_kl.  cost.machine alone may differ between equal runs.
+    truths: exact values of columns, sums over every outcome, where the score settings ask for them.
     """
+
+    LATER: ClassVar[tuple[str, ...]] = ("truths",)
 
     schema_version: Literal[1] = SCHEMA
     run: Run
@@ -110,6 +157,7 @@ class Record(Strict):
     cost: dict[str, Any]
     notes: list[str] = Field(default_factory=list)
     hashes: dict[str, str] = Field(default_factory=dict)  # samples: their file; weights: the policy's
+    truths: dict[str, Truth] = Field(default_factory=dict)
 
     def comparable(self) -> dict[str, Any]:
         """Everything that equal runs must agree on."""
@@ -134,6 +182,47 @@ class Record(Strict):
             raise UserError(f"{path}: {where}: {first['msg']}") from None
         except (UnicodeDecodeError, OSError) as error:
             raise UserError(f"{path}: cannot be read: {error}") from None
+
+
+@final
+@dataclass(frozen=True)
+class Pooled:
+    """A table's pooled figures: by run id the columns and per-prompt arrays that hold Z or p*."""
+
+    members: tuple[str, ...]
+    hash: str
+    columns: dict[str, dict[str, Estimate]]
+    prompts: dict[str, dict[str, list[float]]]
+
+    @classmethod
+    def read(cls, path: Path) -> Pooled:
+        """Raises UserError that names the file."""
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            columns = {i: {k: Estimate.from_json(e) for k, e in found.items()} for i, found in data["columns"].items()}
+            return cls(tuple(data["members"]), data["hash"], columns, data["prompts"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: not a pool of klbench: {' '.join(str(error).split())[:200]}") from None
+
+    @classmethod
+    def all_in(cls, folder: Path) -> list[Pooled]:
+        """Those of a run directory."""
+        return [cls.read(path) for path in sorted((folder / "pool").glob("*.json"))]
+
+    def fits(self, records: Sequence[Record]) -> bool:
+        """Whether it was made from the draws of these records."""
+        return self.hash == pool_hash(self.members, records)
+
+    def write(self, path: Path) -> None:
+        """JSON with sorted keys, atomically."""
+        columns = {i: {k: e.to_json() for k, e in found.items()} for i, found in self.columns.items()}
+        data = {"members": list(self.members), "hash": self.hash, "columns": columns, "prompts": self.prompts}
+        write_atomically(path, (json.dumps(data, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
+
+
+def pool_hash(members: Sequence[str], records: Sequence[Record]) -> str:
+    """SHA-256 of what goes into a pool: its members and the draws of all policies of the table."""
+    return digest([list(members), {r.run.id: r.hashes.get("samples") for r in records}])
 
 
 def digest(data: Any) -> str:

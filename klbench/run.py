@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from klbench import method, task
 from klbench.errors import UserError, unknown
 from klbench.executors import Executor, Failure, Report
-from klbench.record import Record, Run, Score, write_atomically
+from klbench.record import Pooled, Record, Run, Score, write_atomically
 from klbench.suite import Suite, TaskEntry
 from klbench.suite import load as load_suite
 
@@ -193,18 +193,21 @@ def run_suite(
             elif run.id not in failed:
                 failures.append(Failure(run.id, "ended without a record"))
                 on_event({"phase": "notice", "text": f"{run.id}  failed: ended without a record"})
-        board = publish(out, records, manifest_in(out), console) if records else None
+        failures += _pooled(records, suite.pool, out, include, where, executor, count, on_event)
+        board = publish(out, records, manifest_in(out), console, Pooled.all_in(out)) if records else None
     return Outcome(records, failures, board)
 
 
-def publish(out: Path, records: Sequence[Record], manifest: dict[str, Any], console: Console | None = None) -> Board:
+def publish(
+    out: Path, records: Sequence[Record], manifest: dict[str, Any], console: Console | None = None, pools: Sequence[Pooled] = ()
+) -> Board:
     """Writes board.json, board.csv and index.html of these records into `out`, and prints the table where a console is given.
 
     Raises UserError, before anything is written, where the records make no board.
     """
     from klbench.board import Board
 
-    board = Board.of(records, manifest)
+    board = Board.of(records, manifest, pools)
     try:
         out.mkdir(parents=True, exist_ok=True)
         board.write(out)
@@ -287,6 +290,25 @@ def owned(out: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def _pooled(
+    records: Sequence[Record], most: int, out: Path, include: tuple[Path, ...], device: str, executor: Executor, count: int, on_event: Report
+) -> list[Failure]:  # fmt: skip
+    """The pools that are missing: one a table with two or more policies, made by the executor like any cell."""
+    from klbench import pooled
+    from klbench.board import comparable
+
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(comparable(record), []).append(record)
+    cells = [pooled.PoolCell(tuple(group), pooled.members_of(group, most), out, include, device) for group in groups.values()]
+    there = Pooled.all_in(out)
+    missing = [c for c in cells if c.members and len(c.records) > 1 and not any(p.hash == c.hash for p in there)]
+    if not missing:
+        return []
+    on_event({"phase": "plan", "cells": len(missing), "kept": len(cells) - len(missing)})
+    return executor(missing, pooled.work, min(count, len(missing)), on_event)
 
 
 def _kept(run: Run, out: Path, on_event: Report) -> Record | None:

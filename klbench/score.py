@@ -13,46 +13,40 @@ import platform
 import resource
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from klbench import bank as banks
-from klbench import estimate, method, pool, streams, weights
+from klbench import estimate, method, models, pool, streams, weights
 from klbench import task as tasks
 from klbench.bank import Bank
-from klbench.errors import UserError, unknown
+from klbench.errors import unknown
 from klbench.estimate import BLOCKS, Array, Estimate, Jackknife
-from klbench.estimators import diversity
-from klbench.method import AbstractSampler, ClosedForm
-from klbench.policies.causal_lm import CausalLM, load, token_laws
-from klbench.pool import Pool, Rows
+from klbench.estimators import diversity, entropy, forgetting, kl_prior
+from klbench.estimators.control import bounded_mean
+from klbench.method import AbstractSampler, ClosedForm, RewardLaw
+from klbench.policies.causal_lm import CausalLM
+from klbench.pool import Pool
 from klbench.priors import SHIPPED, prior_path
 from klbench.record import FrontierPoint, Record, Run, Sample, Score, digest, write_atomically
-from klbench.target import Draws, Policy, TiltedPrior, evaluate
+from klbench.sheet import Law, Sheet
+from klbench.target import Policy, TiltedPrior, evaluate
 from klbench.task import AbstractTask
 from klbench.train import Curve, Report, train
 
-PRIOR_CHUNK: Final = 256  # prior draws a prompt that a sampler is fed at a time
-MOST_PRIOR_DRAWS: Final = 65536  # a prompt; a sampler that needs more is refused
+OWN: Final = "policy"  # a run's policy on its sheet
+NEED_DENSITY: Final = (  # columns that a policy without a density lacks
+    "kl_prior", "reverse_kl", "forward_kl", "tv", "js", "chi2", "wasted_nats", "beta_implied", "kl_efficiency", "forgetting", "entropy",
+    "log_z", "reach", "ess", "khat",
+)  # fmt: skip
 ACCEPTED: Final = 256  # bank draws a prompt, at most, that speak for the posterior's own diversity
 FRONTIER: Final = np.geomspace(0.04, 12.0, 30)  # multiples of 1/beta
-
-
-def load_prior(name: str, device: str = "cpu") -> CausalLM:
-    """A named prior, or a model directory or hub name."""
-    if name in SHIPPED:
-        return load(prior_path(name), name, device)
-    if "/" not in name and not Path(name).exists():
-        raise unknown("prior (nor a directory)", name, SHIPPED)
-    return load(name, name, device)
 
 
 def hashes(task: AbstractTask, prior: str, beta: float, score: Score) -> dict[str, str]:
@@ -65,7 +59,7 @@ def hashes(task: AbstractTask, prior: str, beta: float, score: Score) -> dict[st
     elif prior.count("/") != 1:
         raise unknown("prior (nor a directory, nor owner/name on a hub)", prior, SHIPPED)
     ready = banks.shipped(task, prior)
-    found["bank"] = file_hash(ready) if ready else f"drawn:{banks.DRAWS}"
+    found["bank"] = file_hash(ready) if ready else f"drawn:{score.prior_draws}"
     return found
 
 
@@ -77,9 +71,10 @@ def file_hash(path: Path) -> str:
 def cell(run: Run, out: Path, report: Report, include: tuple[Path, ...] = (), device: str = "cpu") -> None:
     """Trains (where there is something to train) and scores one run; its record is the last thing written."""
     task = tasks.load(run.task)
-    prior = load_prior(run.prior, device)
+    prior = models.open_prior(run.prior, device)
+    assert isinstance(prior, CausalLM)
     target = task.target(prior, run.beta)
-    bank = banks.open_bank(task, prior, target, out / "banks")
+    bank = banks.open_bank(task, prior, target, out / "banks", run.score.prior_draws)
     started, policy = time.perf_counter(), None
     curve: Curve = []
     if run.kind == "objective":
@@ -100,55 +95,39 @@ def cell(run: Run, out: Path, report: Report, include: tuple[Path, ...] = (), de
     report({"phase": "score", "step": 1, "of": 1})
 
 
-@dataclass(frozen=True)
-class Scored:
-    """A policy's own draws with what is known of them. prior_draws: what a sampler spent on them."""
-
-    draws: Draws
-    texts: list[list[str]]
-    rows: Rows
-    on_bank: Rows
-    prior_draws: int
-
-
 def score_run(
     run: Run, task: AbstractTask, prior: CausalLM, target: TiltedPrior, policy: Policy | None, bank: Bank, curve: Curve,
     include: tuple[Path, ...] = (),
 ) -> tuple[Record, bytes]:  # fmt: skip
     """The record of a run and its samples file. `policy` None means the run's sampler."""
     prompts = task.prompts("score")[: run.score.prompts or None]
-    bank = bank.first(len(prompts))
-    seed = streams.seed(run.seed, f"score/{run.task}/{run.method}")
-    sampler = method.sampler(run.method, include) if run.kind == "sampler" else None
-    drawer = sampler if sampler is not None and run.method != "ancestral" else policy or prior
-    scored = measure(drawer, prior, target, prompts, bank, run.score.draws, run.score.bank, run.max_new_tokens, seed)
-    rest = bank.reward[:, run.score.bank :]
-    columns, per_prompt = figures(scored, rest, bank, task, target, prompts, prior)
-    if run.method == "rejection":
-        for name in ("reverse_kl", "forward_kl", "tv", "js", "wasted_nats"):
-            columns[name] = estimate.exactly(0.0, scored.rows.log_q.size, "exact by construction: rejection draws the posterior")
-    elif run.kind == "objective":
-        own = own_kl(run, scored, rest, bank, target, prompts, include)
+    sheet = Sheet(prior, target, prompts, bank.first(len(prompts)), run.score.bank, run.max_new_tokens)
+    drawer = policy or models.open_policy(run.method, run.method, prior, include=include)
+    sheet.add(OWN, drawer, run.score.draws, streams.seed(run.seed, f"score/{run.task}/{run.method}"))
+    columns, per_prompt = figures(sheet, OWN, task)
+    law, rows = sheet.laws[OWN], sheet.rows(OWN, OWN)
+    if run.kind == "objective":
+        own = own_kl(run, sheet, include)
         if own is not None:
             columns["own_kl"] = own
-    draws = scored.rows.log_q.size
+    draws = rows.log_q.size
     cost = {
         "train_draws": 0 if run.train is None else run.train.steps * min(run.train.prompts, len(task.prompts("train"))) * run.train.samples,
         "train_tokens": int(curve[-1]["tokens"]) if curve else 0,
         "score_draws": draws,
-        "prior_draws": scored.prior_draws,
-        "bank_draws": int(bank.reward.size),
+        "prior_draws": law.prior_draws,
+        "bank_draws": int(sheet.bank.reward.size),
     }
-    cost["reward_calls"] = cost["train_draws"] + (scored.prior_draws or draws)
-    data = samples_file(scored, prompts, target.beta)
+    cost["reward_calls"] = cost["train_draws"] + (law.prior_draws or draws)
+    data = samples_file(sheet)
     record = Record(
         run=run,
         status=columns["reverse_kl"].status,
         columns=columns,
         prompt_ids=prompts,
         prompts={name: [float(x) for x in values] for name, values in per_prompt.items()},
-        frontier=frontier_of(bank, target, prompts),
-        samples=examples(scored, prompts),
+        frontier=frontier_of(sheet.bank, target, prompts),
+        samples=examples(sheet),
         curve=curve,
         cost=cost,
         hashes={"samples": hashlib.sha256(data).hexdigest(), "bank": bank.hash},
@@ -156,133 +135,67 @@ def score_run(
     return record, data
 
 
-def measure(
-    policy: Policy | AbstractSampler, prior: Policy, target: TiltedPrior, prompts: Sequence[str], bank: Bank,
-    draws: int, scored_bank: int, length: int, seed: int,
-) -> Scored:  # fmt: skip
-    """Draws of a policy or a sampler, and both models' word on them and on the first `scored_bank` draws of the bank."""
-    n0 = min(scored_bank, bank.reward.shape[1])
-    bank_tokens, bank_mask = torch.from_numpy(bank.tokens[:, :n0]).long(), torch.from_numpy(bank.mask[:, :n0])
-    if isinstance(policy, AbstractSampler):
-        own, reward, used = picked(policy, prior, target, prompts, bank, draws, length, seed)
-        ratio = partial(_ratio, policy, target, prompts, bank)
-        log_p0 = own.log_q.double().sum(2).numpy()
-        rows = of_ratio(log_p0, reward, ratio(reward))
-        on_bank = of_ratio(bank.log_p0[:, :n0], bank.reward[:, :n0], ratio(bank.reward[:, :n0]))
-        return Scored(own, prior.decode(own.tokens, own.mask), rows, on_bank, used)
-    own = policy.sample(prompts, draws, length, seed)
-    texts = prior.decode(own.tokens, own.mask)
-    reward = target.rewards(prompts, texts)
-    tokens, mask = torch.cat([own.tokens, bank_tokens], 1), torch.cat([own.mask, bank_mask], 1)
-    every = rows_of(policy, prior, prompts, tokens, mask, np.concatenate([reward, bank.reward[:, :n0]], 1))
-    part = lambda at: Rows(**{k: v[:, at] for k, v in vars(every).items()})  # noqa: E731
-    return Scored(own, texts, part(slice(0, draws)), part(slice(draws, None)), 0)
-
-
-def rows_of(policy: Policy, prior: Policy, prompts: Sequence[str], tokens: Tensor, mask: Tensor, reward: Array) -> Rows:
-    """What both models say of given sequences, rounded to float32. Policies without token laws get no control variates."""
-    if isinstance(policy, CausalLM) and isinstance(prior, CausalLM):
-        laws = token_laws(policy, prior, prompts, tokens, mask)
-        lq, l0, h, c = (x.double().sum(2).numpy() for x in (laws.log_q, laws.log_p0, laws.entropy, laws.cross))
-        return _rounded(Rows(lq, l0, reward, -lq - h, -l0 - c, c - h, h))
-    lq, l0 = (p.log_prob(prompts, tokens, mask).double().sum(2).numpy() for p in (policy, prior))
-    return of_ratio(l0, reward, lq - l0)
-
-
-def of_ratio(log_p0: Array, reward: Array, log_ratio: Array) -> Rows:
-    """Rows of a law known by its density alone."""
-    zero = np.zeros_like(log_p0)
-    return _rounded(Rows(log_p0 + log_ratio, log_p0, reward, zero, zero, log_ratio, -log_p0 - log_ratio))
-
-
-def _rounded(rows: Rows) -> Rows:
-    return Rows(**{k: v.astype(np.float32).astype(np.float64) for k, v in vars(rows).items()})
-
-
-def _ratio(sampler: AbstractSampler, target: TiltedPrior, prompts: Sequence[str], bank: Bank, reward: Array) -> Array:
-    """[P, N] log q/p0 of a sampler at given rewards, the law of the reward taken from the whole bank of each prompt."""
-    tops = target.ceiling(prompts)
-    return np.stack([sampler.log_ratio(r, b, target.beta, float(top)) for r, b, top in zip(reward, bank.reward, tops, strict=True)])
-
-
-def picked(
-    sampler: AbstractSampler, prior: Policy, target: TiltedPrior, prompts: Sequence[str], bank: Bank, draws: int, length: int, seed: int
-) -> tuple[Draws, Array, int]:
-    """`draws` draws a prompt of a sampler, from as many fresh prior draws as it asks for; their rewards; prior draws used in all."""
-    tops = target.ceiling(prompts)
-    parts: list[list[Any]] = []
-    for p, prompt in enumerate(prompts):
-        need = sampler.cost(bank.reward[p], target.beta, float(tops[p])) * draws
-        tokens, masks, logs, rewards = [], [], [], []
-        chunk = 0
-        while True:
-            more = PRIOR_CHUNK * max(1, int(need * 1.15 / PRIOR_CHUNK)) if not chunk else PRIOR_CHUNK
-            fresh = prior.sample([prompt], more, length, streams.seed(seed, f"{prompt}/{chunk}"))
-            chunk += 1
-            tokens.append(fresh.tokens[0])
-            masks.append(fresh.mask[0])
-            logs.append(fresh.log_q[0])
-            rewards.append(target.rewards([prompt], prior.decode(fresh.tokens, fresh.mask))[0])
-            reward = np.concatenate(rewards)
-            try:
-                index, used = sampler.pick(reward, target.beta, float(tops[p]), draws, streams.seed(seed, f"{prompt}/pick"))
-            except UserError:
-                if len(reward) >= MOST_PRIOR_DRAWS:
-                    raise
-                continue
-            at = torch.from_numpy(np.asarray(index))
-            parts.append([torch.cat(tokens)[at], torch.cat(masks)[at], torch.cat(logs)[at], reward[index], used])
-            break
-    tokens_, masks_, logs_ = (torch.stack([part[i] for part in parts]) for i in range(3))
-    return Draws(tokens_, masks_, logs_), np.stack([part[3] for part in parts]), int(sum(part[4] for part in parts))
-
-
 def figures(
-    scored: Scored, rest: Array, bank: Bank, task: AbstractTask, target: TiltedPrior, prompts: Sequence[str], prior: Policy
+    sheet: Sheet, name: str, task: AbstractTask, members: Sequence[str] = (), interval: str = "jackknife"
 ) -> tuple[dict[str, Estimate], dict[str, Array]]:
-    """Every column of a policy, and per-prompt arrays."""
-    own, tops = scored.rows, target.ceiling(prompts)
-    joint = Pool(own, scored.on_bank, rest, tops)
-    columns, per_prompt, _ = joint.columns(1.0 / target.beta)
-    kl = pool.kl_prior(own)
-    columns["kl_prior"] = kl.mean(n=own.log_q.size)
-    span = float(bank.reward.max() - bank.reward.min())
-    difference = own.A - own.B
-    columns["reward"] = pool.bounded_mean(own.reward, difference, span)
-    columns["entropy"] = pool.regressed(own.entropy, own.A).mean(n=own.log_q.size)
-    columns["forgetting"] = estimate.jackknife(scored.on_bank.log_p0 - scored.on_bank.log_q).mean(n=scored.on_bank.log_q.size)
-    per_prompt |= {"reward": own.reward.mean(1), "kl_prior": kl.estimates}
-    if np.isfinite(tops).all():
-        per_prompt["reward_max"] = tops
+    """Every column of a policy of the sheet, and per-prompt arrays. members: of the pool that it is estimated in.
+
+    A policy without a density gets what its texts alone say; the other columns have the reason in place of a value.
+    """
+    law, prompts, bank = sheet.laws[name], sheet.prompts, sheet.bank
+    why = sheet.why_none(name)
+    if why:
+        columns: dict[str, Estimate] = {column: estimate.undefined(why) for column in NEED_DENSITY}
+        per_prompt: dict[str, Array] = {}
+        controls: tuple[Array, ...] = ()
+        size = law.reward.size
+    else:
+        own, on_bank = sheet.rows(name, name), sheet.rows(name, "")
+        controls, size = (own.A, own.B), own.log_q.size
+        columns, per_prompt, _ = sheet.pool(name, members).columns(1.0 / sheet.target.beta, interval)
+        kl = kl_prior.regressed(own)
+        columns["kl_prior"] = kl.mean(n=size)
+        columns["entropy"] = entropy.regressed(own).mean(n=size)
+        columns["forgetting"] = forgetting.k1(on_bank).mean(n=on_bank.log_q.size)
+        per_prompt["kl_prior"] = kl.estimates
+    if isinstance(law.policy, AbstractSampler) and law.policy.draws_target:
+        exact = estimate.exactly(0.0, size, "exact by construction: this sampler draws the posterior")
+        columns |= dict.fromkeys(("reverse_kl", "forward_kl", "tv", "js", "chi2", "wasted_nats"), exact)
+    mean = lambda values, span: bounded_mean(values, *controls, span=span)  # noqa: E731
+    columns["reward"] = mean(law.reward, float(bank.reward.max() - bank.reward.min()))
+    per_prompt["reward"] = law.reward.mean(1)
+    if np.isfinite(sheet.tops).all():
+        per_prompt["reward_max"] = sheet.tops
     gold = task.gold()
     if gold is not None:
-        columns["gold"] = pool.bounded_mean(evaluate(gold, prompts, scored.texts), difference, 1.0)
+        columns["gold"] = mean(evaluate(gold, prompts, law.texts), 1.0)
     feature = task.features()
     if feature is not None:
         phi, wanted = feature
-        found = pool.bounded_mean(evaluate(phi, prompts, scored.texts), difference, 1.0)
-        columns["moments"] = replace(found, reason=f"wanted: {wanted:g}")
-    columns |= diverse(scored, prior)
-    columns |= of_target(bank, target, prompts, prior)
+        columns["moments"] = replace(mean(evaluate(phi, prompts, law.texts), 1.0), reason=f"wanted: {wanted:g}")
+    columns |= diverse(law, sheet.prior)
+    columns |= of_target(bank, sheet.target, prompts, sheet.prior)
     return columns, per_prompt
 
 
-def diverse(scored: Scored, prior: Policy) -> dict[str, Estimate]:
-    """Diversity of the policy's own draws."""
-    eos = _eos(prior)
+def diverse(law: Law, prior: Policy) -> dict[str, Estimate]:
+    """Diversity of a policy's own draws."""
+    assert law.draws is not None
+    ends = _ends(prior)
     ids = [
         [
-            [int(t) for t, m in zip(row, keep, strict=True) if m and t != eos]
+            [int(t) for t, m in zip(row, keep, strict=True) if m and t not in ends]
             for row, keep in zip(rows.tolist(), masks.tolist(), strict=True)
         ]
-        for rows, masks in zip(scored.draws.tokens, scored.draws.mask, strict=True)
+        for rows, masks in zip(law.draws.tokens, law.draws.mask, strict=True)
     ]
     out = {f"distinct_{n}": diversity.distinct(ids, n) for n in (1, 2, 3, 4)}
-    return {**out, "unique": diversity.unique(ids), "self_bleu": diversity.self_bleu(scored.texts)}
+    return {**out, "unique": diversity.unique(ids), "self_bleu": diversity.self_bleu(law.texts)}
 
 
-def _eos(prior: Policy) -> int:
-    return int(getattr(prior, "eos", -1))
+def _ends(prior: Policy) -> tuple[int, ...]:
+    """Tokens that end an output, which no n-gram counts."""
+    return tuple(getattr(prior, "stops", ())) or (int(getattr(prior, "eos", -1)),)
 
 
 def of_target(bank: Bank, target: TiltedPrior, prompts: Sequence[str], prior: Policy) -> dict[str, Estimate]:
@@ -317,19 +230,39 @@ def of_target(bank: Bank, target: TiltedPrior, prompts: Sequence[str], prior: Po
     reach = (
         bank.reward.shape[1] * np.exp(np.minimum(weights.log_mean_exp(tilt) - tops / target.beta, 0.0)) if known else np.zeros(len(tops))
     )
-    out = {name: _guarded(mean(f).mean(n=n), reach, known) for name, f in wanted.items()}
+    hidden = float((3.0 / (reach + 3.0)).mean())  # the most of p* that no prior draw has seen (95 %)
+    out = {}
+    for name, f in wanted.items():
+        seen = SEEN[name](bank, tilt)
+        out[name] = _guarded(_with_hidden(mean(f).mean(n=n), hidden, float(seen.min()), float(seen.max())), reach, known, n // len(tops))
     accept = accepted(bank, target, prompts)
     least = int(accept.sum(1).min())
-    ids = [rows[:ACCEPTED] for rows in bank.token_lists(accept, _eos(prior))]
+    ids = [rows[:ACCEPTED] for rows in bank.token_lists(accept, _ends(prior))]
     even = [rows[: min(map(len, ids))] for rows in ids]
     for name, figure in (("distinct_2_target", partial(diversity.distinct, n=2)), ("unique_target", diversity.unique)):
         out[name] = figure(even) if known and least >= diversity.SET else estimate.undefined("too few bank draws are accepted", n=least)
     return out
 
 
-def _guarded(figure: Estimate, reach: Array, known: bool) -> Estimate:
+SEEN: Final[dict[str, Callable[[Bank, Array], Array]]] = {  # what each draw adds to a mean over p*
+    "reward_target": lambda bank, tilt: bank.reward,
+    "kl_prior_target": lambda bank, tilt: tilt - weights.log_mean_exp(tilt)[:, None],
+    "entropy_target": lambda bank, tilt: weights.log_mean_exp(tilt)[:, None] - bank.log_p0 - tilt,
+    "moments_target": lambda bank, tilt: tilt if bank.feature is None else bank.feature,
+}
+
+
+def _with_hidden(figure: Estimate, hidden: float, least: float, most: float) -> Estimate:
+    """A mean over p* whose share `hidden` nobody has seen: there its terms may be anything that was seen elsewhere."""
+    if figure.low is None or figure.high is None:
+        return figure
+    keep = 1.0 - hidden
+    return replace(figure, low=keep * figure.low + hidden * least, high=keep * figure.high + hidden * most, population=None)
+
+
+def _guarded(figure: Estimate, reach: Array, known: bool, draws: int) -> Estimate:
     if known:
-        return estimate.by_reach(figure, reach)
+        return estimate.by_reach(figure, reach, draws)
     return replace(figure, low=None, high=None, population=None, status="uncertified", reason="no reward_max was declared")
 
 
@@ -340,20 +273,20 @@ def accepted(bank: Bank, target: TiltedPrior, prompts: Sequence[str]) -> NDArray
     return np.asarray(uniform < np.exp(gap))
 
 
-def own_kl(
-    run: Run, scored: Scored, rest: Array, bank: Bank, target: TiltedPrior, prompts: Sequence[str], include: tuple[Path, ...]
-) -> Estimate | None:
+def own_kl(run: Run, sheet: Sheet, include: tuple[Path, ...]) -> Estimate | None:
     """KL(q || the objective's own optimum), where it has a closed form: the pool's reverse KL with the optimum's log-ratio as tilt."""
     objective = method.objective(run.method, include)
     if not isinstance(objective, ClosedForm) or run.train is None:
         return None
-    tops = target.ceiling(prompts)
+    bank, tops, samples = sheet.bank, sheet.tops, run.train.samples
+    laws = [RewardLaw.of(row) for row in bank.reward]
 
     def tilted(reward: Array) -> Array:
-        return np.stack([objective.own(r, b, run.beta, run.train.samples) for r, b in zip(reward, bank.reward, strict=True)])  # type: ignore[union-attr]
+        return np.stack([objective.own(r, law, run.beta, samples) for r, law in zip(reward, laws, strict=True)])
 
     top = np.maximum(tilted(bank.reward).max(1), tilted(tops[:, None])[:, 0] if np.isfinite(tops).all() else -np.inf)
-    own, on_bank = replace(scored.rows, reward=tilted(scored.rows.reward)), replace(scored.on_bank, reward=tilted(scored.on_bank.reward))
+    own, on_bank = (replace(rows, reward=tilted(rows.reward)) for rows in (sheet.rows(OWN, OWN), sheet.rows(OWN, "")))
+    rest = sheet.rest
     return Pool(own, on_bank, tilted(rest) if rest.shape[1] else rest, top).columns(1.0)[0]["reverse_kl"]
 
 
@@ -367,30 +300,31 @@ def frontier_of(bank: Bank, target: TiltedPrior, prompts: Sequence[str]) -> list
     return [FrontierPoint(**{n: float(getattr(curve, n)[i]) for n in names}) for i in range(len(curve.lam))]
 
 
-def examples(scored: Scored, prompts: Sequence[str], count: int = 12) -> list[Sample]:
+def examples(sheet: Sheet, count: int = 12) -> list[Sample]:
     """The first draw of the first prompts: not chosen."""
-    rows = scored.rows
+    rows, texts = sheet.rows(OWN, OWN), sheet.laws[OWN].texts
     return [
         Sample(
             prompt=p,
-            completion=scored.texts[i][0],
+            completion=texts[i][0],
             reward=float(rows.reward[i, 0]),
             log_p0=float(rows.log_p0[i, 0]),
             log_q=float(rows.log_q[i, 0]),
         )
-        for i, p in enumerate(prompts[:count])
+        for i, p in enumerate(sheet.prompts[:count])
     ]
 
 
-def samples_file(scored: Scored, prompts: Sequence[str], beta: float) -> bytes:
+def samples_file(sheet: Sheet) -> bytes:
     """Compressed npz, a row a draw: tokens, length, text, and the per-draw sums of `Rows`, own draws and the scored part of the bank."""
-    out = io.BytesIO()
+    out, law = io.BytesIO(), sheet.laws[OWN]
+    assert law.draws is not None
     parts: dict[str, Any] = {
-        "tokens": scored.draws.tokens.numpy().astype(np.int32),
-        "length": scored.draws.mask.sum(2).numpy().astype(np.uint16),
+        "tokens": law.draws.tokens.numpy().astype(np.int32),
+        "length": law.draws.mask.sum(2).numpy().astype(np.uint16),
     }
-    for label, rows in (("own", scored.rows), ("bank", scored.on_bank)):
+    for label, rows in (("own", sheet.rows(OWN, OWN)), ("bank", sheet.rows(OWN, ""))):
         parts |= {f"{label}_{k}": v.astype(np.float32) for k, v in vars(rows).items()}
-    text = json.dumps({"prompts": list(prompts), "texts": scored.texts, "beta": beta}, ensure_ascii=False).encode()
+    text = json.dumps({"prompts": sheet.prompts, "texts": law.texts, "beta": sheet.target.beta}, ensure_ascii=False).encode()
     np.savez_compressed(out, text=np.frombuffer(text, np.uint8), **parts)
     return out.getvalue()

@@ -26,7 +26,10 @@ class TaskEntry(Strict):
 
 
 class Suite(Strict):
-    """The grid. `methods` overrides train settings by objective, `tasks` by task; the method's word is last."""
+    """The grid. `methods` overrides train settings by objective, `tasks` by task; the method's word is last.
+
+    pool: trained policies, at most, whose draws stand behind every figure of a table (klbench/pooled.py); 0 for none.
+    """
 
     name: str = Field(pattern=r"^[a-z0-9_]+$")
     summary: str = ""
@@ -37,6 +40,7 @@ class Suite(Strict):
     seeds: list[int] = Field(default_factory=lambda: [0])
     train: Train = Train()
     score: Score = Score()
+    pool: int = Field(8, ge=0, le=8)
     methods: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
     def train_of(self, task: str, objective: str) -> Train:

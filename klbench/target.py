@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Protocol, final, runtime_checkable
 
 import numpy as np
 from torch import Tensor
@@ -44,6 +44,43 @@ class Policy(Protocol):
     def decode(self, tokens: Tensor, mask: Tensor) -> list[list[str]]:
         """[P][N] texts of draws: what a reward reads."""
         ...
+
+
+@runtime_checkable
+class Drawer(Protocol):
+    """The half of a Policy that needs no probability. Of its draws, `log_q` is not read."""
+
+    def sample(self, prompts: Sequence[str], draws: int, max_new_tokens: int, seed: int) -> Draws:
+        """`draws` independent continuations of each prompt; the same seed gives the same draws."""
+        ...
+
+    def decode(self, tokens: Tensor, mask: Tensor) -> list[list[str]]:
+        """[P][N] texts of draws: what a reward reads."""
+        ...
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class WithoutDensity:
+    """A policy that draws and whose probability of the prior's sequences nobody can compute; `reason` says why, for people.
+
+    Its draws count in its own tokens, so `decode` is its own too: only its texts meet the prior. It is no Policy, as it has no log_prob.
+    """
+
+    drawer: Drawer
+    reason: str
+
+    @property
+    def name(self) -> str:
+        return str(getattr(self.drawer, "name", type(self.drawer).__name__))
+
+    def sample(self, prompts: Sequence[str], draws: int, max_new_tokens: int, seed: int) -> Draws:
+        """The drawer's draws."""
+        return self.drawer.sample(prompts, draws, max_new_tokens, seed)
+
+    def decode(self, tokens: Tensor, mask: Tensor) -> list[list[str]]:
+        """The drawer's texts."""
+        return self.drawer.decode(tokens, mask)
 
 
 class Reward(Protocol):

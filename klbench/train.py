@@ -48,7 +48,7 @@ def train(
     assert settings is not None
     objective = method.objective(run.method, include)
     prompts, target = task.prompts("train"), task.target(prior, run.beta)
-    policy = CausalLM(run.id, copy.deepcopy(prior.model), prior.tokenizer)
+    policy = prior.with_model(run.id, copy.deepcopy(prior.model))
     state: State = objective.init(len(prompts)) if isinstance(objective, AbstractStatefulObjective) else {}
     own = [t for t in state.values() if t.requires_grad]
     groups: list[dict[str, Any]] = [{"params": list(policy.model.parameters()), "scale": settings.lr}]

@@ -88,8 +88,8 @@ def test_token_lists_drop_the_end_the_mask_and_what_is_not_kept() -> None:
     zeros = np.zeros((2, 3))
     there = Bank(tokens, mask, zeros, zeros, None, None, {})
     keep = np.array([[True, True, False], [True, False, True]])
-    assert there.token_lists(keep, eos=0) == [[[5], [6, 7]], [[], [1, 2]]]
-    assert there.token_lists(keep, eos=-1) == [[[5, 0], [6, 7, 0]], [[0], [1, 2]]]
+    assert there.token_lists(keep, [0]) == [[[5], [6, 7]], [[], [1, 2]]]
+    assert there.token_lists(keep, []) == [[[5, 0], [6, 7, 0]], [[0], [1, 2]]]
 
 
 @pytest.mark.parametrize("keep", [0, 1, 40, 0.5, -1])

@@ -65,7 +65,11 @@ class Api:
     def score(self, **asked: Any) -> Any:
         self.calls.append(asked)
         rows = [{"policy": name, "reverse_kl": 0.123456, "status": "certified", "gold": None} for name in asked["policies"]]
-        return SimpleNamespace(to_frame=lambda: rows, to_json=lambda path: Path(path).write_text("{}"))
+        sure, doubtful = (SimpleNamespace(notes=note, bracket=ends) for note, ends in (((), None), (("scored as float32",), (0.25, None))))
+        return SimpleNamespace(
+            to_frame=lambda: rows, to_json=lambda path: Path(path).write_text("{}"), stopped="budget spent",
+            items=lambda: zip(asked["policies"], [doubtful, sure], strict=False),
+        )  # fmt: skip
 
     def train(self, **asked: Any) -> None:
         self.calls.append(asked)
@@ -308,19 +312,54 @@ def test_score_hands_on_what_was_asked_and_prints_rows(capsys: pytest.CaptureFix
     words = ["score", "--prior", "mini", "--policy", "mine=a/b", "--policy", "best_of_n:16", *GIVEN, "--reward-max", "40"]
     assert cli.main([*words, "--samples", "64", "--max-new-tokens", "8", "--seed", "7", "--device", "cpu", "--json", "out.json"]) == 0
     [asked] = api.calls
-    reward = asked.pop("reward")
+    reward, report = asked.pop("reward"), asked.pop("report")
+    report("nobody looks")
     assert reward(prompts=["a"], completions=["four"]) == [4.0]
     assert asked == {
         "prior": "mini", "policies": {"mine": "a/b", "best_of_n:16": "best_of_n:16"}, "prompts": ["The nurse said", "The cook said "],
         "beta": 0.5, "reward_max": 40.0, "samples": 64, "max_new_tokens": 8, "seed": 7, "device": "cpu",
+        "interval": "jackknife", "pool": True, "chat": False,
     }  # fmt: skip
-    assert capsys.readouterr().out.splitlines() == [
+    out, err = capsys.readouterr()
+    assert err.splitlines() == [
+        "klbench: mine: scored as float32",
+        "klbench: mine: reverse_kl is uncertified; whatever log Z is, it lies above 0.25",
+        "klbench: budget spent",
+    ]
+    assert out.splitlines() == [
         "policy\treverse_kl\tstatus\tgold", "mine\t0.1235\tcertified\t", "best_of_n:16\t0.1235\tcertified\t",
     ]  # fmt: skip
     assert Path("out.json").read_text() == "{}"
 
     assert cli.main(["score", "--prior", "mini", "--policy", "rejection", "--task", "bias"]) == 0
-    assert api.calls[-1] == {"prior": "mini", "policies": {"rejection": "rejection"}, "task": "bias", "seed": 0}
+    api.calls[-1].pop("report")
+    usual = {"interval": "jackknife", "pool": True, "chat": False}
+    assert api.calls[-1] == {"prior": "mini", "policies": {"rejection": "rejection"}, "task": "bias", "seed": 0, **usual}
+    extra = [
+        "--precision",
+        "0.1",
+        "--budget",
+        "99",
+        "--interval",
+        "betting",
+        "--measure",
+        "kl_prior.k3",
+        "--no-pool",
+        "--bank",
+        "b",
+        "--chat",
+    ]
+    assert cli.main(["score", "--prior", "mini", "--policy", "rejection", "--task", "bias", *extra]) == 0
+    wanted = {
+        "precision": 0.1,
+        "budget": 99,
+        "interval": "betting",
+        "measures": ["kl_prior.k3"],
+        "pool": False,
+        "bank": Path("b"),
+        "chat": True,
+    }
+    assert {key: api.calls[-1][key] for key in wanted} == wanted
     assert cli.main([*words, "--prompts", "good.jsonl"]) == 0
     assert api.calls[-1]["prompts"] == ["a", "b"]
 

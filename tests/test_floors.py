@@ -27,6 +27,7 @@ FLOORS: dict[str, float] = {
     "klbench.streams": 0,
     "klbench.batch": 0,
     "klbench.suites": 0,  # YAML files
+    "klbench.truths": 1.5,  # estimates beside exact values, below board
     "klbench.page": 1.5,  # templates and figures of a board's page, below board
     "klbench.record": 1,
     "klbench.target": 1,
@@ -37,17 +38,22 @@ FLOORS: dict[str, float] = {
     "klbench.suite": 2,
     "klbench.board": 2,
     "klbench.estimators": 2.9,  # below pool, which joins their per-draw sums with the bank's
+    "klbench.estimators.control": 2.85,  # the regression that several of them are
+    "klbench.estimators.named": 2.95,  # all of them by name
     "klbench.policies": 2.8,  # below bank, which draws from them
+    "klbench.policies.passes": 2.7,  # rows of ids to logits; causal_lm makes a law of them
     "klbench.rewards": 3,
     "klbench.priors": 3,
     "klbench.objectives": 3,
     "klbench.samplers": 3,
     "klbench.bank": 3,
     "klbench.pool": 3,
+    "klbench.sheet": 3.7,
     "klbench.models": 3.5,  # priors and policies from what users write
     "klbench.exact": 3.2,  # sums over every outcome
     "klbench.train": 4,
     "klbench.score": 4.2,  # a cell is trained, then scored
+    "klbench.pooled": 4.3,  # scored policies are pooled
     "klbench.laws": 4,
     "klbench.gate": 4,
     "klbench.progress": 4,

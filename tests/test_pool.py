@@ -17,7 +17,7 @@ from enumerable import Table, draw, posterior, rows
 
 from klbench import pool
 from klbench.estimate import BLOCKS, Estimate, Jackknife, blocks_of, widening
-from klbench.pool import Fit, Pool, Stratum, bounded_mean, frontier, kl_prior, nearest_lambda, regressed
+from klbench.pool import Fit, Pool, Stratum, frontier, nearest_lambda
 from klbench.rows import Rows
 
 V, T, BETA = 2, 3, 0.4
@@ -58,7 +58,8 @@ def truth(inverse_beta: float = 1 / BETA, policy: Table = q, prior: Table = p0, 
     half = np.log((eq + es) / 2)
     js = 0.5 * (eq * (lq - half)).sum(1) + 0.5 * (es * (star - half)).sum(1)
     free = (eq * (lq - l0 - inverse_beta * reward)).sum(1)
-    return Fit(free, log_z, (es * (star - lq)).sum(1), 0.5 * np.abs(eq - es).sum(1), js)
+    chi2 = np.log((es**2 / eq).sum(1))
+    return Fit(free, log_z, (es * (star - lq)).sum(1), 0.5 * np.abs(eq - es).sum(1), js, chi2)
 
 
 def gaps(found: Fit, wanted: Fit) -> dict[str, float]:
@@ -199,9 +200,9 @@ def test_k_is_where_error_and_widening_add_to_the_least(seed: int, inverse: floa
     rest = np.take_along_axis(REWARD, draw(rng, p0, 1024), 1)
     some = Pool(own, bank, rest, np.array([1.0, 1.1]))
     fit, tilted = some.fit(inverse, 0.0), some._tilted(inverse)
-    found = some._regress(tilted, some._weights(None))
-    z, n0, top = found.z, bank.log_q.shape[1], tilted.top
-    u, f = found.left[:, :, 0] / z[:, None], found.left[:, :, 1]
+    found, left = some._regress(np.stack([tilted.w, tilted.y], 2), some._weights(None), guard=True)
+    z, n0, top = found[:, 0], bank.log_q.shape[1], tilted.top
+    u, f = left[:, :, 0] / z[:, None], left[:, :, 1]
     chosen = some.choose_k(inverse)
     assert (0 < chosen).any() and (chosen < 1).all()
     for p in range(2):
@@ -319,7 +320,7 @@ def test_lambda_hat_of_a_posterior_is_its_inverse_beta() -> None:
     reward = float((np.exp(star) * REWARD).sum(1).mean())
     bank = np.take_along_axis(REWARD, written_out(P0), 1)
     assert nearest_lambda(bank, reward) == pytest.approx(1.7, rel=1e-9)
-    assert made().lambda_hat() == pytest.approx(nearest_lambda(bank, float((Q / 24 * REWARD).sum(1).mean())), rel=1e-9)
+    assert made().nearest(1.0)[0] == pytest.approx(nearest_lambda(bank, float((Q / 24 * REWARD).sum(1).mean())), rel=1e-9)
 
 
 def test_frontier_against_sums_over_every_outcome() -> None:
@@ -412,7 +413,7 @@ def test_a_certified_estimate_holds_the_truth_and_sums_up_the_prompts() -> None:
 
 def test_wasted_nats_is_the_least_distance_to_a_posterior() -> None:
     some = made(times=8, own_times=8)
-    found, lam = some.columns(1 / BETA)[0], some.lambda_hat()
+    found, lam = some.columns(1 / BETA)[0], some.nearest(1.0)[0]
     assert found["beta_implied"].value == pytest.approx(1 / lam)
     least = min(float((truth(x).free + truth(x).log_z).mean()) for x in np.linspace(0, 4, 401))
     assert found["wasted_nats"].value == pytest.approx(least, abs=1e-5)
@@ -462,49 +463,6 @@ def test_a_hopelessly_small_beta_gives_doubt_and_no_crash(inverse_beta: float, d
 def test_refusals(build: Callable[[], Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         build()
-
-
-# columns of the policy alone
-
-
-def test_kl_to_the_prior_is_exact_on_a_table_and_the_other_direction_is_not() -> None:
-    own = made().own
-    eq, lq, l0 = Q / 24, q.log_prob(), p0.log_prob()
-    kl = (eq * (lq - l0)).sum(1)
-    np.testing.assert_allclose(kl_prior(own).full, kl, atol=1e-12)
-    np.testing.assert_allclose((own.kl + own.A - own.B).mean(1), kl, atol=1e-12)  # the plain estimate
-    other = p0.cross(q).sum(-1) - p0.cross(p0).sum(-1)  # KL(p0 || q) at each prefix
-    wrong = replace(own, kl=np.take_along_axis(other, written_out(Q), 1))
-    assert np.abs(kl_prior(wrong).full - kl).max() > 1e-2
-
-
-def test_kl_to_the_prior_is_no_noisier_than_either_of_its_two_readings() -> None:
-    own = rows(q, p0, REWARD, draw(np.random.default_rng(8), q, 64))
-    D = own.A - own.B
-    slope = [np.polyfit(d, kl, 1)[0] for d, kl in zip(D, own.kl, strict=True)]
-    rest = own.kl - np.array(slope)[:, None] * D
-    np.testing.assert_allclose(kl_prior(own).full, rest.mean(1), rtol=1e-10)
-    assert (rest.var(1) <= own.kl.var(1)).all() and (rest.var(1) <= (own.kl + D).var(1)).all()
-    assert np.abs(kl_prior(own).full - own.kl.mean(1)).min() > 1e-4
-
-
-def test_regression_removes_what_a_control_variate_explains() -> None:
-    rng = np.random.default_rng(2)
-    x = rng.normal(size=(2, 32))
-    np.testing.assert_allclose(regressed(3.0 + 2.0 * x, x).estimates, 3.0, atol=1e-12)
-    np.testing.assert_allclose(regressed(x + 1.0, np.zeros_like(x)).estimates, x.mean(1) + 1.0, atol=1e-12)  # nothing to regress on
-
-
-@pytest.mark.parametrize("value", [0.1, 1 / 3, 0.7, -1e6])
-@pytest.mark.parametrize("draws", [20, 128])
-def test_a_reward_that_never_varies_has_no_interval_of_zero_width(value: float, draws: int) -> None:
-    control = np.random.default_rng(0).normal(size=(2, draws))
-    for with_control in (None, control):
-        found = bounded_mean(np.full((2, draws), value), with_control, span=2.0)
-        assert (found.high or 0) - value == pytest.approx(3 * 2.0 / (2 * draws), rel=1e-6)
-        assert value - (found.low or 0) == pytest.approx(3 * 2.0 / (2 * draws), rel=1e-6)
-    varies = bounded_mean(control, None, span=2.0)
-    assert (varies.high or 0) - (varies.value or 0) == pytest.approx((varies.stderr or 0) * 2.1447866879169273)
 
 
 # coverage: the one place where draws are random

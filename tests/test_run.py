@@ -63,13 +63,13 @@ class Plain(AbstractSampler):
     n: int = 1
     source = "a test"
 
-    def log_ratio(self, reward, bank, beta, reward_max):
+    def log_ratio(self, reward, law, beta, reward_max):
         return 0 * reward
 
     def pick(self, reward, beta, reward_max, draws, seed):
         return reward[:draws], draws
 
-    def cost(self, bank, beta, reward_max):
+    def cost(self, law, beta, reward_max):
         return 1.0
 """
 

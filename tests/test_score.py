@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from klbench import pool
 from klbench import task as tasks
-from klbench.pool import Pool, Rows
+from klbench.bank import Bank, shipped
+from klbench.estimate import Estimate
+from klbench.estimators import kl_prior
+from klbench.models import open_policy, open_prior
+from klbench.pooled import stored
 from klbench.record import Record, Run, Score, Train
-from klbench.score import cell, hashes, load_prior
+from klbench.rows import Rows
+from klbench.score import cell, hashes
+from klbench.sheet import Sheet
 
 SCORE = Score(draws=32, bank=48, prompts=3)
 
@@ -47,29 +54,32 @@ def record(out: Path, method: str, task: str = "factuality") -> Record:
     return found[0]
 
 
-def rows(data: dict[str, np.ndarray], label: str) -> Rows:
-    names = ("log_q", "log_p0", "reward", "A", "B", "kl", "entropy")
-    return Rows(**{name: data[f"{label}_{name}"].astype(np.float64) for name in names})
-
-
 @pytest.mark.parametrize("method", ["rloo", "best_of_n:4", "ancestral"])
 def test_a_record_can_be_computed_again_from_its_samples(out: Path, method: str) -> None:
-    from klbench.bank import Bank, shipped
-
+    """From the samples file and the shipped bank alone; a sampler's density is a function of the bank."""
     found = record(out, method)
-    with np.load(out / "samples" / f"{found.run.id}.npz", allow_pickle=False) as file:
-        data = {name: file[name] for name in file.files}
-    path = shipped(tasks.load("factuality"), "mini")
+    task, prior = tasks.load("factuality"), open_prior("mini")
+    path = shipped(task, "mini")
     assert path is not None
-    rest = Bank.from_bytes(path.read_bytes(), str(path)).reward[:3, SCORE.bank :]
-    again = Pool(rows(data, "own"), rows(data, "bank"), rest, np.ones(3)).columns(1 / found.run.beta)[0]
-    assert again["reverse_kl"].value == found.columns["reverse_kl"].value
-    assert again["wasted_nats"].value == found.columns["wasted_nats"].value
-    moved = {**data, "own_reward": data["own_reward"][:, ::-1]}  # the rewards of other draws
-    spoilt = Pool(rows(moved, "own"), rows(data, "bank"), rest, np.ones(3)).columns(1 / found.run.beta)[0]
+    bank = Bank.from_bytes(path.read_bytes(), str(path)).first(3)
+    samples = out / "samples" / f"{found.run.id}.npz"
+
+    def again(change: Callable[[Rows], Rows] = lambda x: x) -> dict[str, Estimate]:
+        sheet = Sheet(prior, task.target(prior, found.run.beta), found.prompt_ids, bank, SCORE.bank, task.max_new_tokens)
+        law = sheet.laws["x"] = stored(samples, sheet, "x")
+        law.policy = open_policy(method, method, prior) if found.run.kind == "sampler" else prior
+        law.said["x"] = change(law.said["x"])
+        return sheet.pool("x").columns(1 / found.run.beta)[0] | {"kl_prior": kl_prior.regressed(law.said["x"]).mean(n=1)}
+
+    same = again()
+    for name in ("reverse_kl", "wasted_nats", "kl_prior"):
+        assert (same[name].value, same[name].low, same[name].high) == tuple(
+            getattr(found.columns[name], x) for x in ("value", "low", "high")
+        )
+    spoilt = again(lambda x: replace(x, reward=x.reward[:, ::-1]))  # the rewards of other draws
     assert spoilt["reverse_kl"].value != found.columns["reverse_kl"].value
-    assert pool.kl_prior(rows(data, "own")).mean(n=1).value == found.columns["kl_prior"].value
-    texts = json.loads(data["text"].tobytes())
+    with np.load(samples, allow_pickle=False) as file:
+        texts = json.loads(file["text"].tobytes())
     assert len(texts["texts"]) == 3 and len(texts["texts"][0]) == SCORE.draws
 
 
@@ -92,7 +102,7 @@ def test_own_optimum_is_scored_where_there_is_one(out: Path) -> None:
 def test_moment_target_has_its_moment_and_per_prompt_ceilings(out: Path) -> None:
     found = record(out, "rloo", "bias")
     assert abs(found.columns["moments_target"].value or 0) < 0.06  # of 6,000 draws a prompt, three prompts
-    target = tasks.load("bias").target(load_prior("mini"), 1.0)
+    target = tasks.load("bias").target(open_prior("mini"), 1.0)
     assert found.prompts["reward_max"] == pytest.approx(list(target.ceiling(found.prompt_ids)))
 
 

@@ -19,9 +19,8 @@ from torch import Tensor
 
 from klbench.batch import Batch
 from klbench.estimate import Array
-from klbench.method import AbstractObjective
+from klbench.method import AbstractObjective, RewardLaw
 from klbench.preferences import bradley_terry, pairs
-from klbench.weights import log_mean_exp
 
 
 @final
@@ -46,10 +45,7 @@ class IPO(AbstractObjective):
         wins, h = (reward[:, None] - reward[None, :]).sigmoid(), u[:, None] - u[None, :]
         return (pair.exp() * (wins * (h - 1 / (2 * beta)) ** 2 + (1 - wins) * (h + 1 / (2 * beta)) ** 2)).sum()
 
-    def own(self, reward: Array, bank: Array, beta: float, draws: int) -> Array:
-        """[N] log of the optimum over p0 of `reward`; win rates and norm from the bank's rewards [N0] of the prompt."""
-        levels, times = np.unique(bank, return_counts=True)  # few levels where rewards tie, so that N0^2 is seldom paid
-        share = times / times.sum()
-        rate = expit(np.asarray(reward)[:, None] - levels) @ share / beta
-        norm = log_mean_exp(np.repeat(expit(levels[:, None] - levels) @ share / beta, times))
-        return np.asarray(rate - norm)
+    def own(self, reward: Array, law: RewardLaw, beta: float, draws: int) -> Array:
+        """[N] log of the optimum over p0 of `reward`; win rates and norm over the levels of the law."""
+        rate = lambda r: expit(np.asarray(r)[:, None] - law.levels) @ law.mass / beta  # noqa: E731
+        return np.asarray(rate(reward) - law.log_mean_exp(rate(law.levels)))

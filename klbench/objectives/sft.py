@@ -12,12 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-import numpy as np
 from torch import Tensor
 
 from klbench.batch import Batch
 from klbench.estimate import Array
-from klbench.method import AbstractObjective
+from klbench.method import AbstractObjective, RewardLaw
 
 
 @final
@@ -40,10 +39,6 @@ class SFT(AbstractObjective):
         upto, below = ((reward[None, :] <= reward[:, None]) * p0).sum(1), ((reward[None, :] < reward[:, None]) * p0).sum(1)
         return -(p0 * (upto**draws - below**draws) / (upto - below) * log_q).sum()
 
-    def own(self, reward: Array, bank: Array, beta: float, draws: int) -> Array:
-        """[N] log b_K/p0 of `reward`, K = draws, F from the bank's rewards [N0] of the prompt; rewards off the bank as in best_of_n."""
-        levels = np.sort(bank)
-        at = np.maximum(np.asarray(reward, dtype=np.float64), levels[0])
-        upto = np.searchsorted(levels, at, side="right") / len(levels)
-        below = np.searchsorted(levels, at, side="left") / len(levels)
-        return np.asarray((draws - 1) * np.log(upto) + np.log(((below / upto)[:, None] ** np.arange(draws)).sum(1)))
+    def own(self, reward: Array, law: RewardLaw, beta: float, draws: int) -> Array:
+        """[N] log b_K/p0 of `reward`, K = draws."""
+        return law.log_best_of(reward, draws)

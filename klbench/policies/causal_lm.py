@@ -1,65 +1,36 @@
-"""Hugging Face causal language models as policies: load, draw, score.
+"""Hugging Face causal language models as policies: prompts to ids, logits to a law, draws to texts.
 
-Two layouts carry all the work, for any decoder that takes position ids and a 4-D attention mask (checked once at loading):
+    q(x_t | c, x_<t) = D_n( ... D_1( softmax(logits of the first `words` ids) ))       D: decodings, as temperature and top-p
 
-- *sampling*: the prompts' keys and values are computed once and shared by their K draws; log-probabilities are kept as tokens fall;
-- *tree*: a prompt and K continuations in one row, each continuation seeing the prompt and itself. One pass, with or without gradient.
-
-Sequences end at the tokenizer's EOS or at `max_new_tokens`; a sequence that is cut has no EOS factor. Log-softmax is in float32
-whatever the weights' type. Draws are by inverse CDF from uniforms that depend on the seed alone, so that neither the batch size nor
-the device moves them.
+Sequences end at a stop (the tokenizer's EOS, unless said otherwise) or at `max_new_tokens`; a sequence that is cut has no EOS factor.
+Log-softmax is in float32 whatever the weights' type. Draws are by inverse CDF from uniforms that depend on the seed alone, so that
+neither the batch size nor the device moves them. `passes.py` runs the model.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Final, final
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from klbench.errors import UserError
+from klbench.method import AbstractDecoding
+from klbench.policies.passes import HALF, LOGITS, Passes, checked
 from klbench.target import Draws
 
 ROWS = 1024  # sequences in flight while sampling
-LOGITS = 6_000_000  # floats of logits held at once by a scoring pass: larger buffers cost page faults and gain nothing
-
-
-@final
-class _Shared(DynamicLayer):
-    """Keys and values of one layer in a buffer of the final length, which starts as the prompt's, repeated for its draws."""
-
-    def __init__(self, keys: Tensor, values: Tensor, draws: int, room: int):
-        super().__init__()
-        prompts, heads, length, width = keys.shape
-        self.buffers = []
-        for part in (keys, values):
-            buffer = part.new_empty(prompts * draws, heads, length + room, width)
-            buffer.view(prompts, draws, heads, length + room, width)[:, :, :, :length] = part[:, None]
-            self.buffers.append(buffer)
-        self.length = length
-        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-        self.keys, self.values = (b[:, :, :length] for b in self.buffers)
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        end = self.length + key_states.shape[2]
-        for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
-            buffer[:, :, self.length : end] = new
-        self.length = end
-        self.keys, self.values = (b[:, :, :end] for b in self.buffers)
-        return self.keys, self.values
-
-    def get_seq_length(self) -> int:
-        return self.length
+TOKENIZER_FILES: Final = ("tokenizer*", "vocab*", "merges.txt", "spiece.model", "sentencepiece*", "tokenization_*.py", "tekken.json")
 
 
 @dataclass(frozen=True)
@@ -80,39 +51,115 @@ class TokenLaws:
 class CausalLM:
     """A causal language model and its tokenizer as a Policy.
 
-    The EOS is the tokenizer's. Prompts are encoded as the tokenizer does by default (with a BOS where it adds one).
+    stops: ids that end a sequence; empty for the tokenizer's EOS.  chat: a prompt is a user turn of the tokenizer's chat template, else it
+    is encoded as the tokenizer does by default (with a BOS where it adds one).  system: a system message, or text on a line before the
+    prompt.  decodings: applied in order to each next-token law.  words: ids from here on are left out of the law, which is renormalised
+    over those before (None: all that the model has).  notes: what was done to a stranger's model, for people.
     """
 
     name: str
     model: Any
     tokenizer: Any
+    stops: tuple[int, ...] = ()
+    chat: bool = False
+    system: str | None = None
+    decodings: tuple[AbstractDecoding, ...] = ()
+    words: int | None = None
+    notes: tuple[str, ...] = ()
     _ids: dict[str, list[int]] = field(default_factory=dict, repr=False)
+    _passes: Passes | None = field(default=None, repr=False)
+    _agreed: list[Any] = field(default_factory=list, repr=False)  # tokenizers found to write the same ids: asked at every piece of work
+
+    def __post_init__(self) -> None:
+        if not self.stops:
+            object.__setattr__(self, "stops", stops_of(self.model, self.tokenizer, self.chat))
+        if self._passes is None:
+            object.__setattr__(self, "_passes", Passes(self.model))
+
+    @property
+    def passes(self) -> Passes:
+        """What runs the model."""
+        assert self._passes is not None
+        return self._passes
 
     @property
     def device(self) -> torch.device:
-        device: torch.device = next(self.model.parameters()).device
-        return device
+        return self.passes.device
 
     @property
     def eos(self) -> int:
-        return int(self.tokenizer.eos_token_id)
+        """The first stop: what fills a row behind its end."""
+        return self.stops[0]
+
+    @property
+    def columns(self) -> int:
+        """Ids that the law speaks of."""
+        return self.passes.width if self.words is None else self.words
+
+    def with_stops(self, stops: Sequence[int]) -> CausalLM:
+        """This policy with sequences that end at any of `stops`; itself where these are its stops already."""
+        return self if tuple(stops) == self.stops else replace(self, stops=tuple(stops))
+
+    def with_words(self, words: int) -> CausalLM:
+        """This policy over the first `words` ids alone, renormalised; itself where it speaks of no more."""
+        return self if words >= self.columns else replace(self, words=words)
+
+    def with_model(self, name: str, model: Any) -> CausalLM:
+        """Another model of the same architecture and vocabulary, prompted, decoded and stopped as this one."""
+        return replace(self, name=name, model=model, _passes=replace(self.passes, model=model))
+
+    def prompted(self, name: str, system: str | None, decodings: Sequence[AbstractDecoding]) -> CausalLM:
+        """The same model under another system prompt (None: its own) and with further decodings."""
+        system = self.system if system is None else system
+        ids = self._ids if system == self.system else {}
+        return replace(self, name=name, system=system, decodings=(*self.decodings, *decodings), _ids=ids)
 
     def encode(self, prompt: str) -> list[int]:
-        """Token ids of a prompt. Raises UserError when there are none."""
+        """Token ids of a prompt. Raises UserError when there are none, or when the chat template refuses it."""
         if prompt not in self._ids:
-            ids = list(self.tokenizer(prompt)["input_ids"])
-            while ids and ids[-1] == self.eos:  # some tokenizers close what they encode; a prompt is open
-                ids.pop()
+            ids = self._chat(prompt) if self.chat else self._open(prompt if self.system is None else f"{self.system}\n{prompt}")
             if not ids and self.tokenizer.bos_token_id is not None:
                 ids = [int(self.tokenizer.bos_token_id)]
             if not ids:
                 raise UserError(f"prompt {prompt!r} has no tokens under the tokenizer of {self.name}, and it has no BOS to start from")
+            if max(ids) >= self.passes.readable:
+                raise UserError(
+                    f"prompt {prompt!r} has token {max(ids)}, and {self.name} reads {self.passes.readable} of them: wrong tokenizer?"
+                )
             self._ids[prompt] = ids
         return self._ids[prompt]
 
+    def _open(self, text: str) -> list[int]:
+        ids, eos = list(self.tokenizer(text)["input_ids"]), self.tokenizer.eos_token_id
+        while ids and ids[-1] == eos:  # some tokenizers close what they encode; a prompt is open
+            ids.pop()
+        return ids
+
+    def _chat(self, prompt: str) -> list[int]:
+        """The template writes its own BOS, so that none is added when its text is encoded."""
+        turns = [] if self.system is None else [{"role": "system", "content": self.system}]
+        turns.append({"role": "user", "content": prompt})
+        try:
+            text = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # a template is a stranger's program
+            why = " ".join(str(error).split())[:200]
+            raise UserError(f"the chat template of {self.name} does not take prompt {_short(prompt)}: {why}") from None
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _encoded(self, prompts: Sequence[str], new: int) -> list[list[int]]:
+        """Ids of prompts with room for `new` tokens. Raises UserError that names the first prompt for which there is none."""
+        rows, context = [self.encode(p) for p in prompts], self.passes.context
+        for prompt, ids in zip(prompts, rows, strict=True):
+            if context is not None and len(ids) + new - 1 > context:  # the last token is never read
+                raise UserError(
+                    f"prompt {_short(prompt)} has {len(ids)} tokens: with {new} new ones that is more than the {context} of {self.name}"
+                )
+        return rows
+
     def decode(self, tokens: Tensor, mask: Tensor) -> list[list[str]]:
-        """[P][N] texts of draws [P, N, T], special tokens left out."""
+        """[P][N] texts of draws [P, N, T], special tokens and the stop left out."""
         rows = [row[keep].tolist() for row, keep in zip(tokens.flatten(0, 1), mask.flatten(0, 1), strict=True)]
+        rows = [r[:-1] if r and r[-1] in self.stops else r for r in rows]
         distinct = {tuple(r): "" for r in rows}
         texts = self.tokenizer.batch_decode([list(r) for r in distinct], skip_special_tokens=True, clean_up_tokenization_spaces=False)
         for key, text in zip(distinct, texts, strict=True):
@@ -121,123 +168,86 @@ class CausalLM:
         n = tokens.shape[1]
         return [flat[i : i + n] for i in range(0, len(flat), n)]
 
+    def law(self, logits: Tensor) -> Tensor:
+        """[..., V] float32 log-probabilities of the next token from logits [..., W]; V = columns."""
+        logp = (logits if self.words is None else logits[..., : self.words]).float().log_softmax(-1)
+        for decoding in self.decodings:
+            logp = decoding.law(logp)
+        return logp
+
     @torch.no_grad()
     def sample(self, prompts: Sequence[str], draws: int, max_new_tokens: int, seed: int) -> Draws:
-        """`draws` independent continuations of each prompt with their log-probabilities; [P, draws, max_new_tokens]."""
+        """`draws` independent continuations of each prompt with their log-probabilities; [P, draws, max_new_tokens].
+
+        Raises UserError for a prompt that leaves no room for them, and for a model whose probabilities are no numbers.
+        """
         generator = torch.Generator().manual_seed(seed)
         uniform = torch.rand(len(prompts), draws, max_new_tokens, generator=generator, dtype=torch.float64)
+        rows = self._encoded(prompts, max_new_tokens)
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         if draws > ROWS:
-            for p, prompt in enumerate(prompts):
-                pieces = [self._sample([prompt], u) for u in uniform[p : p + 1].split(ROWS, 1)]
+            for p, row in enumerate(rows):
+                pieces = [self._drawn([row], u) for u in uniform[p : p + 1].split(ROWS, 1)]
                 parts.append(tuple(torch.cat(x, 1) for x in zip(*pieces, strict=True)))  # type: ignore[arg-type]
         else:
             step = max(1, ROWS // draws)
-            parts = [self._sample(prompts[i : i + step], uniform[i : i + step]) for i in range(0, len(prompts), step)]
+            parts = [self._drawn(rows[i : i + step], uniform[i : i + step]) for i in range(0, len(rows), step)]
         tokens, mask, log_q = (torch.cat(x) for x in zip(*parts, strict=True))
-        return Draws(tokens, mask, log_q)
+        return Draws(tokens, mask, self._sound(log_q))
 
-    def _sample(self, prompts: Sequence[str], uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        P, K, T = uniform.shape
-        device = self.device
-        ids, pad = self._prompts(prompts)
-        length = ids.shape[1]
-        real = torch.arange(length, device=device) >= pad[:, None]
-        position = (torch.arange(length, device=device) - pad[:, None]).clamp(min=0)
-        out = self.model(ids, attention_mask=real.long(), position_ids=position, use_cache=True, logits_to_keep=1)
-        cache = Cache(layers=[_Shared(layer.keys, layer.values, K, T - 1) for layer in out.past_key_values.layers])
-        logits = out.logits[:, -1].repeat_interleave(K, 0)
-        seen = torch.cat([real.repeat_interleave(K, 0), real.new_ones(P * K, T)], 1).long()
-        start = (length - pad).repeat_interleave(K)[:, None]
-        uniform = uniform.view(P * K, T).to(device)
-        tokens = torch.full((P * K, T), self.eos, dtype=torch.long, device=device)
-        mask = torch.zeros(P * K, T, dtype=torch.bool, device=device)
-        log_q = torch.zeros(P * K, T, device=device)
-        alive = torch.ones(P * K, dtype=torch.bool, device=device)
-        for t in range(T):
-            token, logp = _draw(logits, uniform[:, t])
-            tokens[:, t] = torch.where(alive, token, self.eos)
-            mask[:, t] = alive
-            log_q[:, t] = torch.where(alive, logp, 0.0)
-            alive = alive & (token != self.eos)
-            if t + 1 == T or not bool(alive.any()):
-                break
-            step = self.model(
-                tokens[:, t : t + 1],
-                attention_mask=seen[:, : length + t + 1],
-                position_ids=start + t,
-                past_key_values=cache,
-                use_cache=True,
-            )
-            logits = step.logits[:, -1]
-        return tokens.view(P, K, T).cpu(), mask.view(P, K, T).cpu(), log_q.view(P, K, T).cpu()
-
-    def _prompts(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Left-padded ids [P, L] and the number of pads [P]."""
-        rows = [self.encode(p) for p in prompts]
-        length = max(len(r) for r in rows)
-        ids = torch.tensor([[self.eos] * (length - len(r)) + r for r in rows], device=self.device)
-        return ids, torch.tensor([length - len(r) for r in rows], device=self.device)
+    def _drawn(self, rows: list[list[int]], uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.passes.sample(rows, uniform, self.law, self.stops)
 
     def logits(self, prompts: Sequence[str], tokens: Tensor) -> Tensor:
-        """[P, K, T, V] next-token logits along continuations [P, K, T], by one tree pass; differentiable."""
-        P, K, T = tokens.shape
-        ids, pad = self._prompts(prompts)
-        length, device = ids.shape[1], ids.device
-        inner = tokens[:, :, :-1].reshape(P, K * (T - 1)).to(device)
-        order = torch.arange(length, device=device)
-        position = torch.cat(
-            [(order - pad[:, None]).clamp(min=0), ((length - pad)[:, None] + torch.arange(T - 1, device=device).repeat(K))], 1
-        )
-        branch = torch.cat([torch.full((length,), -1, device=device), torch.arange(K, device=device).repeat_interleave(T - 1)])
-        depth = torch.cat([order, length + torch.arange(T - 1, device=device).repeat(K)])
-        see = (depth[:, None] >= depth[None]) & ((branch[None] == -1) | (branch[:, None] == branch[None]))
-        hidden = torch.arange(length + K * (T - 1), device=device) < pad[:, None]  # padding: seen by nobody but itself
-        see = (see[None] & ~hidden[:, None, :]) | torch.eye(len(depth), dtype=torch.bool, device=device)
-        dtype = self.model.dtype
-        mask = torch.zeros(see.shape, dtype=dtype, device=device).masked_fill_(~see, torch.finfo(dtype).min)[:, None]
-        out = self.model(
-            torch.cat([ids, inner], 1),
-            attention_mask=mask,
-            position_ids=position,
-            use_cache=False,
-            logits_to_keep=1 + K * (T - 1),
-        ).logits
-        first = out[:, :1, None].expand(P, 1, K, out.shape[-1]).transpose(1, 2)  # the prompt's last position predicts all K
-        rest = out[:, 1:].view(P, K, T - 1, -1)
-        return torch.cat([first, rest], 2).float()
+        """[P, K, T, W] next-token logits along continuations [P, K, T], float32; differentiable.
+
+        Before `words` and `decodings`: `law` makes log-probabilities of them. Raises UserError for a prompt that leaves no room.
+        """
+        return self.passes.logits(self._encoded(prompts, tokens.shape[2]), tokens)
+
+    def _sound(self, log_prob: Tensor) -> Tensor:
+        """Raises UserError when there is NaN among log-probabilities: in the weights, or where an infinity met another."""
+        if log_prob.isnan().any():
+            raise UserError(f"{self.name}: its log-probabilities are not numbers (NaN): look for NaN or infinite weights")
+        return log_prob
 
     def log_probs(self, prompts: Sequence[str], tokens: Tensor) -> Tensor:
         """[P, K, T] log-probability of each token, differentiable; positions after EOS are not masked here."""
         logits = self.logits(prompts, tokens)
-        picked = logits.gather(3, tokens.to(logits.device)[..., None])[..., 0]
-        return picked - logits.logsumexp(3)
+        index = tokens.to(logits.device)
+        if self.decodings or self.columns < logits.shape[3]:
+            return _pick(self.law(logits), index)
+        picked = logits.gather(3, index.clamp(max=logits.shape[3] - 1)[..., None])[..., 0] - logits.logsumexp(3)
+        return picked.masked_fill(index >= logits.shape[3], -torch.inf)
 
     @torch.no_grad()
     def log_prob(self, prompts: Sequence[str], tokens: Tensor, mask: Tensor) -> Tensor:
-        """[P, N, T] float32 on the CPU, 0 where the mask is False."""
+        """[P, N, T] float32 on the CPU, 0 where the mask is False, -inf where a decoding truncates. Raises UserError as `sample` does."""
         out = torch.zeros(tokens.shape)
         for at in self._pieces(prompts, tokens):
             out[at] = self.log_probs(prompts[at[0]], tokens[at]).cpu()
-        return out * mask
+        return self._sound(out.masked_fill(~mask, 0.0))
 
     def _pieces(self, prompts: Sequence[str], tokens: Tensor) -> Iterator[tuple[slice, slice]]:
         """Index pairs (prompts, draws) whose logits fit LOGITS."""
         P, N, T = tokens.shape
-        vocabulary = self.model.get_output_embeddings().weight.shape[0]
         group = min(N, 16)
-        rows = max(1, LOGITS // (group * T * vocabulary))
+        rows = max(1, LOGITS // (group * T * self.passes.width))
         for p in range(0, P, rows):
             for n in range(0, N, group):
                 yield slice(p, p + rows), slice(n, n + group)
 
     def weights_hash(self) -> str:
-        """SHA-256 of the weights and the tokenizer: names the distribution, wherever its files lie."""
+        """SHA-256 of the weights and the tokenizer, and of whatever else moves the law: names the distribution, wherever its files lie."""
         found = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         found.update(json.dumps(sorted(self.tokenizer.get_vocab().items())).encode())
+        if (self.stops, self.chat, self.system, self.decodings, self.words) != ((self.tokenizer.eos_token_id,), False, None, (), None):
+            template = self.tokenizer.chat_template if self.chat else None
+            law = [sorted(self.stops), self.chat, template, self.system, list(map(repr, self.decodings)), self.words]
+            found.update(json.dumps(law).encode())
         return found.hexdigest()
 
     def save(self, folder: Path) -> None:
@@ -247,69 +257,177 @@ class CausalLM:
         self.tokenizer.save_pretrained(folder)
 
 
-def _draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens [R] and their log-probabilities from logits [R, V], by inverse CDF at uniforms [R] in [0, 1)."""
-    logp = logits.float().log_softmax(1)
-    cumulative = logp.exp().cumsum(1)
-    total = cumulative[:, -1:]
-    point = torch.minimum(uniform[:, None].to(total.dtype) * total, torch.nextafter(total, torch.zeros_like(total)))
-    token = torch.searchsorted(cumulative, point, right=True).clamp_(max=logits.shape[1] - 1)
-    return token[:, 0], logp.gather(1, token)[:, 0]
+def _pick(law: Tensor, index: Tensor) -> Tensor:
+    """[P, K, T] entries of laws [P, K, T, V] at ids [P, K, T]; -inf for an id beyond them."""
+    return law.gather(3, index.clamp(max=law.shape[3] - 1)[..., None])[..., 0].masked_fill(index >= law.shape[3], -torch.inf)
+
+
+def _short(prompt: str) -> str:
+    return repr(prompt if len(prompt) <= 60 else prompt[:57] + "...")
+
+
+def stops_of(model: Any, tokenizer: Any, chat: bool = False) -> tuple[int, ...]:
+    """The tokenizer's EOS; in a chat also what the model's generation configuration ends a turn with. Raises UserError where neither is."""
+    found = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    if chat:
+        named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        found += [int(i) for i in (named if isinstance(named, Sequence) else [named]) if i is not None]
+    if not found:
+        raise UserError("the tokenizer has no EOS token; set tokenizer.eos_token: sequences have to end somewhere")
+    return tuple(dict.fromkeys(found))
 
 
 @torch.no_grad()
-def token_laws(q: CausalLM, p0: CausalLM, prompts: Sequence[str], tokens: Tensor, mask: Tensor) -> TokenLaws:
+def token_laws(q: CausalLM, p0: CausalLM, prompts: Sequence[str], tokens: Tensor, mask: Tensor, drawn: Tensor | None = None) -> TokenLaws:
     """What the estimators need along given sequences under both models, in one pass each; [P, N, T] float32 on the CPU.
 
-    Raises UserError when the two models do not share a vocabulary.
+    drawn [P, n, T]: log-probabilities of the first n sequences as q itself drew them. A token that a decoding kept when it was drawn, and
+    that the rounding of another pass puts at the other side of the edge, keeps the value it was drawn with.
+    cross is infinite where q has mass that p0 has not. Raises UserError when the two do not share a vocabulary, or end sequences elsewhere.
     """
     same_vocabulary(q, p0)
     shape = tokens.shape
     log_q, log_p0, entropy, cross = (torch.zeros(shape) for _ in range(4))
+    same_logits = p0.model is q.model and p0.tokenizer is q.tokenizer and (p0.chat, p0.system) == (q.chat, q.system)
     for at in q._pieces(prompts, tokens):
         some, rows = prompts[at[0]], tokens[at]
-        index = rows[..., None].to(q.device)
-        lq = q.logits(some, rows).log_softmax(3)
+        index = rows.to(q.device)
+        logits = q.logits(some, rows)
+        lq = q.law(logits)
         law = lq.exp()
-        l0 = lq if p0 is q else p0.logits(some, rows).log_softmax(3).to(lq.device)
-        log_q[at] = lq.gather(3, index)[..., 0].cpu()
-        log_p0[at] = l0.gather(3, index)[..., 0].cpu()
+        log_q[at] = _pick(lq, index).cpu()
         entropy[at] = -torch.linalg.vecdot(law, lq.clamp(min=-1e30)).cpu()  # 0 times -inf is 0 here: a token nobody draws
-        cross[at] = entropy[at] if p0 is q else -torch.linalg.vecdot(law, l0.clamp(min=-1e30)).cpu()
-    return TokenLaws(*(x * mask for x in (log_q, log_p0, entropy, cross)))
+        if p0 is q:
+            log_p0[at], cross[at] = log_q[at], entropy[at]
+            continue
+        l0 = p0.law(logits if same_logits else p0.logits(some, rows)).to(lq.device)
+        log_p0[at] = _pick(l0, index).cpu()
+        lq, l0 = _as_wide(lq, l0), _as_wide(l0, lq)
+        apart = ((l0 == -torch.inf) & (lq > -torch.inf)).any(-1)
+        cross[at] = (-torch.linalg.vecdot(lq.exp(), l0.clamp(min=-1e30))).masked_fill(apart, torch.inf).cpu()
+    if drawn is not None:
+        part = log_q[:, : drawn.shape[1]]
+        part.copy_(torch.where(part == -torch.inf, drawn, part))
+    log_q, log_p0, entropy, cross = (x.masked_fill(~mask, 0.0) for x in (log_q, log_p0, entropy, cross))
+    q._sound(log_q)
+    p0._sound(log_p0)
+    return TokenLaws(log_q, log_p0, entropy, cross)
+
+
+def _as_wide(law: Tensor, other: Tensor) -> Tensor:
+    """A law over as many ids as another: those that it does not know have no mass."""
+    beyond = other.shape[-1] - law.shape[-1]
+    return torch.nn.functional.pad(law, (0, beyond), value=-torch.inf) if beyond > 0 else law
+
+
+def extra_words(q: Any, p0: Any) -> dict[str, int] | None:
+    """Words that q's tokenizer has beyond p0's; None when the two read or write some id differently.
+
+    Extra words may only follow the shared ones, as when a trainer adds a pad token.
+    """
+    ours, theirs = q.get_vocab(), p0.get_vocab()
+    if ours == theirs:
+        return {}
+    shared = {i for word, i in theirs.items() if ours.get(word) == i}
+    extra = {word: i for word, i in ours.items() if word not in theirs}
+    lacking = {word: i for word, i in theirs.items() if word not in ours}
+    moved = len(shared) + len(lacking) < len(theirs)
+    if moved or not shared or min([*extra.values(), *lacking.values()]) < max(shared) or set(extra.values()) & set(lacking.values()):
+        return None
+    return extra
 
 
 def same_vocabulary(q: CausalLM, p0: CausalLM) -> None:
-    """Raises UserError unless both models read and write the same token ids."""
-    if q is p0 or q.tokenizer is p0.tokenizer:
+    """Raises UserError unless both models read and write the same token ids, and end a sequence at the same ones."""
+    if q is p0:
         return
-    if q.tokenizer.get_vocab() != p0.tokenizer.get_vocab() or q.eos != p0.eos:
-        raise UserError(f"{q.name} and {p0.name} have different tokenizers: their log-probabilities do not speak of the same sequences")
+    if not any(known is p0.tokenizer for known in (q.tokenizer, *q._agreed)):
+        if extra_words(q.tokenizer, p0.tokenizer) is None:
+            raise UserError(f"{q.name} and {p0.name} have different tokenizers: their log-probabilities do not speak of the same sequences")
+        q._agreed.append(p0.tokenizer)
+    if set(q.stops) != set(p0.stops):
+        raise UserError(f"{q.name} ends a sequence at ids {sorted(q.stops)} and {p0.name} at {sorted(p0.stops)}: give both the same stops")
 
 
-def wrap(name: str, model: Any, tokenizer: Any, device: str = "cpu") -> CausalLM:
-    """A transformers model in memory as a policy, in evaluation mode. Raises UserError for an EOS-less tokenizer or a strange layout."""
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer of {name} has no EOS token; set tokenizer.eos_token: sequences have to end somewhere")
-    policy = CausalLM(name, model.eval().to(device), tokenizer)
-    _check_layout(policy)
-    return policy
+def wrap(
+    name: str, model: Any, tokenizer: Any, device: str | None = "cpu", *, chat: bool = False, system: str | None = None,
+    decodings: Sequence[AbstractDecoding] = (), notes: Sequence[str] = (),
+) -> CausalLM:  # fmt: skip
+    """A transformers model in memory as a policy. The model is left as it is: what runs is a copy in evaluation mode.
+
+    The copy shares the weights where they are in float32 on `device` already (None: wherever they are), else it has its own, in float32.
+    Raises UserError that names the model when it is no causal language model, has no EOS or no chat template, or cannot be scored.
+    """
+    return settled(name, _copied(name, model, device), tokenizer, chat=chat, system=system, decodings=decodings, notes=notes)
 
 
-@torch.no_grad()
-def _check_layout(policy: CausalLM) -> None:
-    """The tree pass must say what a plain pass says; models for which it does not (recurrent ones, say) are refused."""
-    size = policy.model.get_output_embeddings().weight.shape[0]
-    ids = torch.arange(5, device=policy.device) % size
-    policy._ids["\0layout"] = ids[:2].tolist()
-    tree = policy.logits(["\0layout"], torch.stack([ids[2:5], ids[2:5].flip(0)])[None])[0, 0]
-    del policy._ids["\0layout"]
-    plain = policy.model(ids[None, :4], use_cache=False).logits[0, 1:].float()
-    gap = float((tree.log_softmax(1) - plain.log_softmax(1)).abs().max())
-    if not gap < (1e-3 if policy.model.dtype == torch.float32 else 0.2):
-        raise UserError(
-            f"{policy.name}: this architecture ignores a 4-D attention mask (off by {gap:.2g} nats); klbench cannot score it yet"
-        )
+def settled(
+    name: str, model: Any, tokenizer: Any, *, chat: bool = False, system: str | None = None, decodings: Sequence[AbstractDecoding] = (),
+    notes: Sequence[str] = (),
+) -> CausalLM:  # fmt: skip
+    """A policy of a model of klbench's own, which is in evaluation mode where it is to stay. Raises UserError as `wrap` does."""
+    if chat and not getattr(tokenizer, "chat_template", None):
+        raise UserError(f"{name}: its tokenizer has no chat template, which chat prompts need")
+    try:
+        stops = stops_of(model, tokenizer, chat)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
+    return CausalLM(name, model, tokenizer, stops, chat, system, tuple(decodings), notes=tuple(notes), _passes=checked(name, model))
+
+
+def _copied(name: str, model: Any, device: str | None) -> Any:
+    """The same module tree in evaluation mode over the same tensors, or over float32 ones on another device."""
+    _refuse_kind(name, model.config, type(model).__name__)
+    if model.get_output_embeddings() is None:
+        raise UserError(f"{name}: {type(model).__name__} has no language-model head; klbench scores causal language models")
+    where = next(model.parameters()).device if device is None else device_of(device)
+    half = any(p.dtype in HALF for p in model.parameters())
+    tensors = [*model.parameters(), *model.buffers()]
+    if not half and all(t.device == where for t in tensors):
+        return _twin(name, model, {id(t): t for t in tensors}).eval()
+    made = (_renewed(model) if half and any(b.dtype in HALF for b in model.buffers()) else None) or _twin(name, model, {})
+    return (made.float() if half else made).to(where).eval()
+
+
+def _twin(name: str, model: Any, kept: dict[int, Any]) -> Any:
+    """A copy of a module tree in which `kept`, by id, are the same objects."""
+    try:
+        return copy.deepcopy(model, kept)
+    except Exception as error:
+        kind = type(model).__name__
+        raise UserError(f"{name}: {kind} cannot be copied ({type(error).__name__}: {error}); save it and give its directory") from None
+
+
+def _renewed(model: Any) -> Any:
+    """The model made anew from its configuration and weights, for position tables that were cast with the weights; None if it cannot be."""
+    try:
+        with torch.random.fork_rng(devices=[]):  # what is drawn and overwritten here moves nobody's random numbers
+            fresh = type(model)(copy.deepcopy(model.config))
+        fresh.load_state_dict(model.state_dict())
+    except Exception:  # a wrapper around a model, with a constructor of its own
+        return None
+    return fresh
+
+
+def device_of(device: str) -> torch.device:
+    """Raises UserError for what is no device, or is not here."""
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"device {device!r}: cpu, cuda, cuda:N or mps expected") from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device {device!r} asked for, and this machine has no CUDA device")
+    return torch.device("cuda", torch.cuda.current_device()) if found.type == "cuda" and found.index is None else found
+
+
+def _refuse_kind(name: str, config: Any, kind: str = "") -> None:
+    """Raises UserError for what is no causal language model, by its name."""
+    kinds = [kind] if kind else list(getattr(config, "architectures", None) or [])
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(f"{name}: {kinds[0] if kinds else config.model_type} is an encoder-decoder; klbench scores causal language models")
+    for found in kinds:
+        if found.endswith(("ForMaskedLM", "ForPreTraining")):
+            raise UserError(f"{name}: {found} is a masked language model; klbench scores causal language models")
 
 
 @contextmanager
@@ -324,36 +442,64 @@ def _no_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a directory holds files of a tokenizer. Asked first, as transformers makes an empty one up for some architectures."""
+    return any(next(folder.glob(pattern), None) is not None for pattern in TOKENIZER_FILES)
+
+
 def tokenizer_of(folder: str | Path, trust_remote_code: bool = False) -> Any:
     """The tokenizer in a directory or on a hub. Raises UserError when there is none."""
+    local = Path(folder).is_dir()
+    if local and not has_tokenizer(Path(folder)):
+        raise UserError(f"no tokenizer in {folder}: save one there with tokenizer.save_pretrained, or pass tokenizer=")
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=Path(folder).is_dir())
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=local)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(f"no tokenizer could be loaded from {folder}: {' '.join(str(error).split())[:300]}") from None
 
 
-def load(
-    folder: str | Path, name: str | None = None, device: str = "cpu", dtype: str = "float32", trust_remote_code: bool = False
-) -> CausalLM:
-    """A policy from a local directory, or from a hub by `owner/name`. Safetensors only.
+def model_of(folder: str | Path, name: str, dtype: str = "float32", trust_remote_code: bool = False) -> Any:
+    """The causal language model in a local directory, or on a hub by `owner/name`. Safetensors only.
 
-    Raises UserError that names the directory when there is no model in it, or when it cannot be loaded.
+    Raises UserError that names the directory when there is no model in it, when it is of another kind, when weights are missing from it
+    (transformers would draw them at random), or when it cannot be loaded.
     """
     path = Path(folder)
-    name = name or path.name
     local = path.is_dir()
     if local and not (path / "config.json").is_file():
-        raise UserError(f"no model in {path}: config.json is missing")
+        steps = sorted((p for p in path.glob("checkpoint-*") if (p / "config.json").is_file()), key=lambda p: p.stat().st_mtime)
+        raise UserError(f"no model in {path}: config.json is missing" + (f"; did you mean {steps[-1]}?" if steps else ""))
     if not local and (path.exists() or str(folder).count("/") != 1 or str(folder).startswith((".", "/"))):
         raise UserError(f"no model directory at {folder}")
-    if not torch.cuda.is_available() and str(device).startswith("cuda"):
-        raise UserError(f"device {device!r} asked for, and this machine has no CUDA device")
-    kind = getattr(torch, dtype)
     try:
         with _no_bars():
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=kind, use_safetensors=True, trust_remote_code=trust_remote_code, local_files_only=local
-            )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+            _refuse_kind(name, AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=local))
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=trust_remote_code, local_files_only=local,
+                output_loading_info=True,
+            )  # fmt: skip
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError, SafetensorError) as error:
         raise UserError(f"no model could be loaded from {folder}: {' '.join(str(error).split())[:300]}") from None
-    return wrap(name, model, tokenizer_of(folder, trust_remote_code), device)
+    model, found = loaded
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise UserError(f"{folder} holds no whole {type(model).__name__}: {len(missing)} weights are missing, {missing[0]} among them")
+    return model
+
+
+def load(
+    folder: str | Path, name: str | None = None, device: str | None = "cpu", dtype: str = "float32", trust_remote_code: bool = False, *,
+    tokenizer: Any = None, chat: bool = False, system: str | None = None, decodings: Sequence[AbstractDecoding] = (),
+    notes: Sequence[str] = (),
+) -> CausalLM:  # fmt: skip
+    """A policy from a local directory, or from a hub by `owner/name`, with the tokenizer beside it unless one is given.
+
+    Raises UserError as `model_of`, `tokenizer_of` and `wrap` do.
+    """
+    name = name or Path(folder).name
+    where = device_of(device or "cpu")
+    model = model_of(folder, name, dtype, trust_remote_code)
+    words = tokenizer_of(folder, trust_remote_code) if tokenizer is None else tokenizer
+    return settled(name, model.to(where).eval(), words, chat=chat, system=system, decodings=decodings, notes=notes)

@@ -1,4 +1,4 @@
-"""Named priors: `mini` ships with the package; other names are added here."""
+"""Named priors: `mini` and `tiny` ship with the package; other names are added here."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Final
 
 from klbench.errors import unknown
 
-SHIPPED: Final = ("mini",)
+SHIPPED: Final = ("mini", "tiny")
 
 
 def prior_path(name: str) -> Path:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from klbench.errors import UserError
 from klbench.estimate import Array
-from klbench.method import AbstractSampler
+from klbench.method import AbstractSampler, RewardLaw
 
 
 @final
@@ -25,7 +25,7 @@ class Ancestral(AbstractSampler):
 
     source: ClassVar[str] = "the prior"
 
-    def log_ratio(self, reward: Array, bank: Array, beta: float, reward_max: float) -> Array:
+    def log_ratio(self, reward: Array, law: RewardLaw, beta: float, reward_max: float) -> Array:
         """[N] zeros."""
         return np.zeros(len(reward))
 
@@ -35,6 +35,6 @@ class Ancestral(AbstractSampler):
             raise UserError(f"ancestral needs {draws} prior draws, got {len(reward)}")
         return np.arange(draws), draws
 
-    def cost(self, bank: Array, beta: float, reward_max: float) -> float:
+    def cost(self, law: RewardLaw, beta: float, reward_max: float) -> float:
         """1."""
         return 1.0

@@ -1,11 +1,9 @@
 """Best-of-n: of n prior draws, the one with the highest reward.
 
-    q(x) = p0(x) [F(r)^n - F(r-)^n] / P0(r),   r = r(x);   F: law of the reward under the prior, from the bank; P0(r) = F(r) - F(r-)
-         = p0(x) a^(n-1) (1 + c + ... + c^(n-1)),   a = F(r), c = F(r-)/F(r)
+    q(x) = p0(x) [F(r)^n - F(r-)^n] / P0(r),   r = r(x);   F: law of the reward under the prior; P0(r) = F(r) - F(r-)
 
-Ties are broken uniformly: prior draws are exchangeable, so the first maximum of a block is a uniform one. The second form needs no
-division by P0(r), so a reward that the bank never saw takes F of the nearest level below it, c = 1, and the continuous limit
-n F^(n-1); one below every level of the bank takes the lowest level's. KL(q||p0) <= log n - (n-1)/n, less where rewards tie.
+Ties are broken uniformly: prior draws are exchangeable, so the first maximum of a block is a uniform one. Rewards that no level of the law
+meets: `RewardLaw.log_best_of`. KL(q||p0) <= log n - (n-1)/n, less where rewards tie.
 Reads no beta.  Source: Beirami et al. 2024, arXiv:2401.01879.
 """
 
@@ -19,7 +17,7 @@ from numpy.typing import NDArray
 
 from klbench.errors import UserError
 from klbench.estimate import Array
-from klbench.method import AbstractSampler
+from klbench.method import AbstractSampler, RewardLaw
 
 
 @final
@@ -35,16 +33,11 @@ class BestOfN(AbstractSampler):
         if self.n < 1:
             raise UserError(f"best_of_n: n must be at least 1, got {self.n}")
 
-    def log_ratio(self, reward: Array, bank: Array, beta: float, reward_max: float) -> Array:
-        """[N] nats. Raises UserError when n > N0/8: the n-th power of F would then live on a few draws of the bank."""
-        if self.n > len(bank) / 8:
-            raise UserError(f"best_of_n:{self.n} needs a bank of at least {8 * self.n} draws a prompt, got {len(bank)}")
-        levels = np.sort(bank)
-        at = np.maximum(np.asarray(reward, dtype=np.float64), levels[0])
-        upto = np.searchsorted(levels, at, side="right") / len(levels)
-        below = np.searchsorted(levels, at, side="left") / len(levels)
-        geometric = ((below / upto)[:, None] ** np.arange(self.n)).sum(1)
-        return np.asarray((self.n - 1) * np.log(upto) + np.log(geometric))
+    def log_ratio(self, reward: Array, law: RewardLaw, beta: float, reward_max: float) -> Array:
+        """[N] nats. Raises UserError when the law rests on fewer than 8n draws: the n-th power of F would then live on a few of them."""
+        if self.n > law.draws / 8:
+            raise UserError(f"best_of_n:{self.n} needs a bank of at least {8 * self.n} draws a prompt, got {law.draws:g}")
+        return law.log_best_of(reward, self.n)
 
     def pick(self, reward: Array, beta: float, reward_max: float, draws: int, seed: int) -> tuple[NDArray[np.int64], int]:
         """The first maximum of each block of n. Raises UserError when there are fewer than draws * n."""
@@ -53,6 +46,6 @@ class BestOfN(AbstractSampler):
             raise UserError(f"best_of_n:{self.n} needs {used} prior draws for {draws}, got {len(reward)}")
         return np.arange(draws) * self.n + np.reshape(reward[:used], (draws, self.n)).argmax(1), used
 
-    def cost(self, bank: Array, beta: float, reward_max: float) -> float:
+    def cost(self, law: RewardLaw, beta: float, reward_max: float) -> float:
         """n."""
         return float(self.n)

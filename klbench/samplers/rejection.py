@@ -1,7 +1,7 @@
 """Rejection sampling: the posterior, exact by construction.
 
     accept x ~ p0 with probability exp((r(x) - r_max) / beta);   the accepted ones follow p*(x) = p0(x) exp(r(x)/beta) / Z
-    log q/p0 = r/beta - log Z,   log Z from the bank;   cost = exp(r_max/beta) / Z prior draws a draw
+    log q/p0 = r/beta - log Z,   log Z from the law of the reward;   cost = exp(r_max/beta) / Z prior draws a draw
 
 Exact only while no reward exceeds r_max, which is therefore refused, not clipped.
 Source: von Neumann 1951, "Various techniques used in connection with random digits".
@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 
 from klbench.errors import UserError
 from klbench.estimate import Array
-from klbench.method import AbstractSampler
-from klbench.weights import log_mean_exp
+from klbench.method import AbstractSampler, RewardLaw
 
 
 @final
@@ -28,10 +27,11 @@ class Rejection(AbstractSampler):
     """One uniform number a prior draw, in order: more prior draws extend the picks and never change the earlier ones."""
 
     source: ClassVar[str] = "von Neumann 1951"
+    draws_target: ClassVar[bool] = True
 
-    def log_ratio(self, reward: Array, bank: Array, beta: float, reward_max: float) -> Array:
-        """[N] reward/beta - log mean exp(bank/beta), nats; noise: that of log Z from the bank."""
-        return np.asarray(reward / beta - log_mean_exp(bank / beta))
+    def log_ratio(self, reward: Array, law: RewardLaw, beta: float, reward_max: float) -> Array:
+        """[N] reward/beta - log Z, nats; noise: that of log Z from the law's draws."""
+        return np.asarray(reward / beta - law.log_mean_exp(law.levels / beta))
 
     def pick(self, reward: Array, beta: float, reward_max: float, draws: int, seed: int) -> tuple[NDArray[np.int64], int]:
         """Indices of the first `draws` accepted. Raises UserError without a finite bound, above it, or when too few are accepted."""
@@ -46,8 +46,8 @@ class Rejection(AbstractSampler):
         kept = accepted[:draws]
         return kept, int(kept[-1]) + 1 if draws else 0
 
-    def cost(self, bank: Array, beta: float, reward_max: float) -> float:
-        """1 / mean exp((bank - reward_max)/beta); infinite where no bound is declared."""
+    def cost(self, law: RewardLaw, beta: float, reward_max: float) -> float:
+        """exp(reward_max/beta) / Z; infinite where no bound is declared."""
         if not math.isfinite(reward_max):
             return math.inf
-        return float(np.exp(-log_mean_exp((bank - reward_max) / beta)))
+        return math.exp(-law.log_mean_exp((law.levels - reward_max) / beta))

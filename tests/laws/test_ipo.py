@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from klbench.laws import WORLDS, check_objective, expected_gradient
+from klbench.method import RewardLaw
 from klbench.objectives.ipo import IPO
 from klbench.preferences import bradley_terry, pairs
 
@@ -27,8 +28,8 @@ def test_mutants_are_rejected(mutant, broken, wrong):
 
 
 def test_declaring_the_posterior_is_rejected(mutant, broken):
-    def own(self, reward, bank, beta, draws):
-        return reward / beta - np.log(np.exp(bank / beta).mean())
+    def own(self, reward, law, beta, draws):
+        return reward / beta - law.log_mean_exp(law.levels / beta)
 
     found = broken(check_objective(mutant(IPO, own=own)))
     assert found == ["the gradient vanishes at the declared optimum"]
@@ -39,8 +40,8 @@ def test_gradient_does_not_vanish_at_the_posterior():
 
 
 def test_own_by_hand():
-    # one draw in two wins: rates .5 sigma(0) + .5 sigma(+-2); tau = .5 doubles them; the norm is over the bank
-    log_ratio = IPO().own(np.array([2.0, 0.0]), np.array([0.0, 2.0]), 0.5, 8)
+    # one draw in two wins: rates .5 sigma(0) + .5 sigma(+-2); tau = .5 doubles them; the norm is over the law
+    log_ratio = IPO().own(np.array([2.0, 0.0]), RewardLaw.of(np.array([0.0, 2.0])), 0.5, 8)
     win = 1 / (1 + np.exp(-2.0))
     rates = np.array([0.25 + win / 2, 0.25 + (1 - win) / 2]) / 0.5
     np.testing.assert_allclose(log_ratio, rates - np.log(np.exp(rates).mean()))

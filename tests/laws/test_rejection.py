@@ -7,6 +7,7 @@ import pytest
 
 from klbench.errors import UserError
 from klbench.laws import check_sampler
+from klbench.method import RewardLaw
 from klbench.samplers.rejection import Rejection
 
 
@@ -25,15 +26,16 @@ def test_accepting_at_a_wrong_beta_is_rejected(mutant, broken, factor):
 
 
 def test_a_ratio_without_log_z_is_rejected(mutant, broken):
-    wrong = mutant(Rejection, log_ratio=lambda self, reward, bank, beta, top: reward / beta)
+    wrong = mutant(Rejection, log_ratio=lambda self, reward, law, beta, top: reward / beta)
     assert "log_ratio is the log of a normalised density ratio" in broken(check_sampler(wrong))
 
 
 def test_by_hand():
     # rewards 0 and log 2 at beta 1, half of the bank each: Z = 3/2, acceptance 3/4
-    bank = np.array([0.0, math.log(2)])
-    np.testing.assert_allclose(np.exp(Rejection().log_ratio(bank, bank, 1.0, math.log(2))), [2 / 3, 4 / 3])
-    assert Rejection().cost(bank, 1.0, math.log(2)) == pytest.approx(4 / 3)
+    levels = np.array([0.0, math.log(2)])
+    law = RewardLaw.of(levels)
+    np.testing.assert_allclose(np.exp(Rejection().log_ratio(levels, law, 1.0, math.log(2))), [2 / 3, 4 / 3])
+    assert Rejection().cost(law, 1.0, math.log(2)) == pytest.approx(4 / 3)
 
 
 def test_more_prior_draws_leave_earlier_picks_alone():

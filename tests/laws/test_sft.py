@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from klbench.laws import WORLDS, check_objective, expected_gradient, optimum
+from klbench.method import RewardLaw
 from klbench.objectives.sft import SFT
 
 
@@ -38,7 +39,7 @@ def test_gradient_does_not_vanish_at_the_posterior():
 
 def test_own_by_hand():
     # p0 = 1/2 bad, 1/2 good; best of two draws is good with probability 3/4
-    log_ratio = SFT().own(np.array([0.0, 1.0]), np.array([0.0, 1.0]), 1.0, 2)
+    log_ratio = SFT().own(np.array([0.0, 1.0]), RewardLaw.of(np.array([0.0, 1.0])), 1.0, 2)
     np.testing.assert_allclose(np.exp(log_ratio), [0.5, 1.5])
 
 

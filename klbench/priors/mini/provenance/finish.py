@@ -18,7 +18,7 @@ import torch
 from klbench import bank as banks
 from klbench import streams, task
 from klbench.policies.causal_lm import CausalLM
-from klbench.score import load_prior
+from klbench.models import open_prior
 from klbench.target import evaluate
 from klbench.weights import log_mean_exp
 
@@ -183,7 +183,7 @@ if __name__ == "__main__":
     parser.add_argument("families", nargs="*", default=FAMILIES, help="tasks whose banks to draw")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    mini = load_prior("mini")
+    mini = open_prior("mini")
     if args.stage == "banks":
         make_banks(mini, tuple(args.families))
     else:
