@@ -27,6 +27,7 @@ from klbench.estimate import BLOCKS, Estimate, t_quantile
 from klbench.measure import COLUMNS
 from klbench.ranks import certain_bracket, rank_ranges
 from klbench.record import FrontierPoint, Pooled, Record, digest, write_atomically
+from klbench.truths import Beside, beside, verdict, views
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -145,6 +146,11 @@ class Board:
     def rows(self) -> list[tuple[Table, Row]]:
         return [(table, row) for table in self.tables for row in table.rows]
 
+    @property
+    def truths(self) -> list[Beside]:
+        """Every figure whose exact value is known, beside it."""
+        return [b for table in self.tables for b in _truths(table)]
+
     def above_frontier(self, level: float = 0.999) -> list[Row]:
         """Policies that seem to lie beyond the optimal frontier, by intervals that hold for all rows of the board at once at `level`.
 
@@ -199,6 +205,7 @@ class Board:
                             "rank": row.rank,
                             "reverse_kl_certain": row.bracket,
                             "columns": {name: row.columns[name].to_json() for name in sorted(row.columns)},
+                            **({"truths": row.record.model_dump(mode="json")["truths"]} if row.record.truths else {}),
                         }
                         for row in table.rows
                     ],
@@ -217,6 +224,8 @@ class Board:
         head += ["reverse_kl_certain_low", "reverse_kl_certain_high"]
         head += [part for name in names for part in (name, f"{name}_low", f"{name}_high", f"{name}_status")]
         head += [f"cost.{key}" for key in costs]
+        known = [name for name in names if any(name in row.record.truths for _, row in self.rows)]
+        head += [f"{name}_truth" for name in known]
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow([_csv_cell(h) for h in head])
@@ -228,6 +237,7 @@ class Board:
                 figure = row.columns.get(name)
                 line += [None] * 4 if figure is None else [figure.value, figure.low, figure.high, figure.status]
             line += [row.record.cost.get(key) for key in costs]
+            line += [row.record.truths.get(name) for name in known]
             writer.writerow([_csv_cell(cell) for cell in line])
         return out.getvalue()
 
@@ -289,6 +299,7 @@ class Board:
         text = environment.get_template("index.html.j2").render(
             style=files("klbench.page").joinpath("style.css").read_text(encoding="utf-8"),
             tables=[_table_view(table, i) for i, table in enumerate(self.tables)],
+            verdict=verdict(self.truths) if self.truths else "",
             above=[f"{plain(row.label)} on {plain(row.record.run.task)}" for row in self.above_frontier()],
             columns=COLUMNS,
             glossary=[(s, MARKS[s], GLOSSARY[s]) for s in GLOSSARY if any(row.status == s for _, row in self.rows)],
@@ -343,6 +354,10 @@ def _table(records: list[Record], shared: bool, pools: Sequence[Pooled]) -> Tabl
     run = records[0].run
     title = f"{run.task} · β {run.beta:g} · {run.prior}" if shared else run.task
     return Table(title, tuple(rows), tuple(sorted(longest.frontier, key=lambda p: p.reward)), pool)
+
+
+def _truths(table: Table) -> list[Beside]:
+    return [b for row in table.rows for b in beside(plain(table.title), plain(row.label), row.columns, row.record.truths)]
 
 
 def _order(row: Row, free: float) -> tuple[bool, bool, float, str]:
@@ -510,6 +525,7 @@ def _table_view(table: Table, index: int) -> dict[str, Any]:
         "curves": [
             {"label": plain(row.label), "svg": Markup(figures.training(row.record.curve, axes, f"{index} {row.id}"))} for row in trained
         ],
+        "truths": views(_truths(table)),
         "uncertified": any(row.status == "uncertified" for row in table.rows),
     }
 

@@ -187,6 +187,32 @@ def train(
 
 
 @app.command()
+def accuracy(
+    target: Annotated[list[str] | None, typer.Argument(help="targets by name  [default: all]")] = None,
+    replications: Annotated[int | None, typer.Option(min=2, help="of each cell  [default: 300; with --quick 30]")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="fewer targets and replications: a minute")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="of all draws")] = 0,
+    workers: Annotated[int | None, typer.Option(min=1, help="processes  [default: the cores]")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder of accuracy.json, accuracy.csv and index.html")] = None,
+    docs: Annotated[Path | None, typer.Option(help="markdown file of the summary")] = None,
+) -> None:
+    """Remake the table of estimator error and coverage against exact sums. Exit 1 where a criterion fails."""
+    from rich.console import Console
+
+    from klbench import accuracy as measured
+    from klbench.accuracy.report import show
+    from klbench.progress import Progress
+
+    with Progress(Console(stderr=True)) as progress:
+        table = measured.run(
+            replications, seed, target or None, quick=quick, workers=workers, out=out, docs=docs, command=_command_line(), on_event=progress
+        )
+    show(table, _console())
+    if any(criterion.holds is False for criterion in table.criteria):
+        raise typer.Exit(1)
+
+
+@app.command()
 def ls(kind: Annotated[str, typer.Argument(help=" | ".join(KINDS))]) -> None:
     """What is there."""
     if kind not in KINDS:
@@ -499,7 +525,7 @@ def _check_task(name: str) -> None:
         raise UserError(f"task {name}: summary, version >= 1 and max_new_tokens >= 1 expected")
     few = loaded.prompts("score")[:4]
     completions = [[" she said so.", " he said so.", ""] for _ in few]
-    target = loaded.target(_prior_policy("mini"), loaded.beta)
+    target = loaded.target(_prior_policy(getattr(loaded, "prior", "mini")), loaded.beta)
     if (target.rewards(few, completions) != target.rewards(few, completions)).any():
         raise UserError(f"task {name}: its reward gives one completion two values")
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from klbench.errors import UserError
 from klbench.estimate import Array
 from klbench.estimators.diversity import SET
-from klbench.method import AbstractSampler, ClosedForm, Objective, RewardLaw
+from klbench.method import AbstractSampler, ClosedForm, RewardLaw
 from klbench.policies.causal_lm import CausalLM
 from klbench.policies.tabular import Tabular, sequences
 from klbench.target import Policy, TiltedPrior, WithoutDensity, evaluate
@@ -212,7 +212,8 @@ def distinct(outcomes: Outcomes, q: Array, n: int) -> Array:
     first = (code >= 0) & np.concatenate([np.ones((len(code), 1), bool), code[:, 1:] != code[:, :-1]], 1)
     where = np.nonzero(first)[0]
     _, gram = np.unique(code[first], return_inverse=True)
-    inside = np.stack([np.bincount(gram, weights=row[where], minlength=int(gram.max(initial=-1)) + 1) for row in q])  # P(g in x)
+    size = int(gram.max(initial=-1)) + 1
+    inside = np.stack([np.bincount(gram, weights=row[where], minlength=size) for row in q]).astype(np.float64)  # P(g in x)
     total = SET * (q @ whole.sum(1))
     return np.divide(_seen(inside).sum(1), total, out=np.zeros(len(q)), where=total > 0)
 
@@ -237,7 +238,7 @@ def _bodies(outcomes: Outcomes) -> NDArray[np.int64]:
 
 def truths(
     policy: Policy | AbstractSampler | WithoutDensity, task: AbstractTask, prior: Policy, target: TiltedPrior, prompts: Sequence[str],
-    length: int, objective: Objective | None = None, samples: int = 0,
+    length: int, objective: object = None, samples: int = 0,
 ) -> dict[str, float]:  # fmt: skip
     """Column -> its exact value, nats where it has a unit; those of the target alone for a policy without a density.
 

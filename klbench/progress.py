@@ -90,10 +90,10 @@ class Progress:
             self._step(event)
 
     def _plan(self, cells: int, kept: int) -> None:
-        self.cells = cells
+        self.cells += cells  # a run plans twice: its cells, then the pools of their tables
         if kept:
             self._say(f"{kept} of {cells + kept} records are there already")
-        if cells and self.console.is_terminal:
+        if cells and self.console.is_terminal and self.live is None:
             self.live = Live(console=self.console, get_renderable=self.table, refresh_per_second=4, transient=True)
             self.live.start()
 

@@ -206,6 +206,7 @@ def publish(
     Raises UserError, before anything is written, where the records make no board.
     """
     from klbench.board import Board
+    from klbench.truths import render as render_truths
 
     board = Board.of(records, manifest, pools)
     try:
@@ -215,6 +216,7 @@ def publish(
         raise UserError(f"{out} cannot be written: {error.strerror}") from None
     if console is not None:
         board.render(console)
+        render_truths(board.truths, console)
     return board
 
 
@@ -307,7 +309,7 @@ def _pooled(
     missing = [c for c in cells if c.members and len(c.records) > 1 and not any(p.hash == c.hash for p in there)]
     if not missing:
         return []
-    on_event({"phase": "plan", "cells": len(missing), "kept": len(cells) - len(missing)})
+    on_event({"phase": "plan", "cells": len(missing), "kept": 0})
     return executor(missing, pooled.work, min(count, len(missing)), on_event)
 
 

@@ -23,13 +23,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from klbench import bank as banks
-from klbench import estimate, method, models, pool, streams, weights
+from klbench import estimate, exact, method, models, pool, streams, weights
 from klbench import task as tasks
 from klbench.bank import Bank
 from klbench.errors import unknown
 from klbench.estimate import BLOCKS, Array, Estimate, Jackknife
 from klbench.estimators import diversity, entropy, forgetting, kl_prior
-from klbench.estimators.control import bounded_mean
+from klbench.estimators.control import bounded_mean, with_few
 from klbench.method import AbstractSampler, ClosedForm, RewardLaw
 from klbench.policies.causal_lm import CausalLM
 from klbench.pool import Pool
@@ -120,6 +120,10 @@ def score_run(
     }
     cost["reward_calls"] = cost["train_draws"] + (law.prior_draws or draws)
     data = samples_file(sheet)
+    truths: dict[str, float] = {}
+    if run.score.truth:
+        objective = method.objective(run.method, include) if run.kind == "objective" else None
+        truths = exact.truths(drawer, task, prior, target, prompts, run.max_new_tokens, objective, run.train.samples if run.train else 0)
     record = Record(
         run=run,
         status=columns["reverse_kl"].status,
@@ -131,6 +135,7 @@ def score_run(
         curve=curve,
         cost=cost,
         hashes={"samples": hashlib.sha256(data).hexdigest(), "bank": bank.hash},
+        truths=truths,
     )
     return record, data
 
@@ -154,8 +159,8 @@ def figures(
         controls, size = (own.A, own.B), own.log_q.size
         columns, per_prompt, _ = sheet.pool(name, members).columns(1.0 / sheet.target.beta, interval)
         kl = kl_prior.regressed(own)
-        columns["kl_prior"] = kl.mean(n=size)
-        columns["entropy"] = entropy.regressed(own).mean(n=size)
+        columns["kl_prior"] = with_few(kl.mean(n=size), own.kl, _span(own.kl, on_bank.kl))
+        columns["entropy"] = with_few(entropy.regressed(own).mean(n=size), own.entropy, _span(own.entropy, on_bank.entropy))
         columns["forgetting"] = forgetting.k1(on_bank).mean(n=on_bank.log_q.size)
         per_prompt["kl_prior"] = kl.estimates
     if isinstance(law.policy, AbstractSampler) and law.policy.draws_target:
@@ -176,6 +181,12 @@ def figures(
     columns |= diverse(law, sheet.prior)
     columns |= of_target(bank, sheet.target, prompts, sheet.prior)
     return columns, per_prompt
+
+
+def _span(*seen: Array) -> float:
+    """Between the least and the most of what was seen, at the policy's prefixes and at the prior's."""
+    every = np.concatenate([x[np.isfinite(x)] for x in seen])
+    return float(every.max() - every.min()) if every.size else 0.0
 
 
 def diverse(law: Law, prior: Policy) -> dict[str, Estimate]:

@@ -3,8 +3,9 @@
     held      low <= truth <= high, up to 1e-6 relative: what is scored in single precision is not known more closely
     by chance the middle 95 % of Binomial(n, 0.95): what as many independent 95 % intervals would do
 
-An end that is None is open (a bound); a figure without both has no interval and is not counted, nor is one that is exact by construction.
-Intervals of one run share draws, so that the range is narrower than what they do together; a share below it is still the place to look.
+An end that is None is open (a bound). A figure without both has no interval and is not counted, nor is one that is exact by construction;
+one that every method of a task repeats, as the target's entropy, counts once. Intervals of one run share draws, so that the range is
+narrower than what they do together; a share below it is still the place to look.
 """
 
 from __future__ import annotations
@@ -73,8 +74,14 @@ def by_chance(n: int) -> tuple[int, int]:
     return int(low), int(high)
 
 
+def once(found: Iterable[Beside]) -> list[Beside]:
+    """Without what other methods of the task repeat."""
+    return list({(b.task, b.column, b.estimate, b.truth): b for b in reversed(list(found))}.values())[::-1]
+
+
 def verdict(found: Sequence[Beside]) -> str:
     """One line: how many intervals hold their truth, and what chance allows."""
+    found = once(found)
     counted = [b for b in found if b.counts]
     held, (low, high) = sum(b.held is True for b in counted), by_chance(len(counted))
     least = "" if held >= low else ": FEWER THAN CHANCE ALLOWS"
@@ -123,12 +130,14 @@ def render(found: Sequence[Beside], console: Console) -> None:
             made.add_row(m, *cells)
         console.print(made)
         console.print()
-    for b in found:
+    for b in once(found):
         if b.held is False:
             e = b.estimate
             where = f"✗ {b.task} {b.method} {b.column}: {_short(e.value)} in [{_short(e.low)}, {_short(e.high)}], truth {_short(b.truth)}"
             console.print(where, style="red", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"{verdict(found)} board.csv and index.html have every column.", style="bold", markup=False, highlight=False)
+    console.print(
+        f"{verdict(found)} board.csv and index.html have every column.", style="bold", markup=False, highlight=False, soft_wrap=True
+    )
 
 
 def views(found: Iterable[Beside]) -> list[dict[str, str]]:
@@ -157,4 +166,5 @@ def _short(x: float | None) -> str:
         return "…"
     if not math.isfinite(x):
         return "∞" if x > 0 else "−∞"
-    return f"{x:.4f}" if abs(x) < 1 else f"{x:.3f}" if abs(x) < 100 else f"{x:.1f}"
+    x = x if abs(x) >= 5e-5 else 0.0
+    return f"{x:.4f}" if abs(x) < 1 else f"{x:.3f}" if abs(x) < 100 else f"{x:.1f}" if abs(x) < 1e5 else f"{x:.2e}"

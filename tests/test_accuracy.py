@@ -117,7 +117,7 @@ def enumerated(world: World, policy: str) -> dict[str, float]:
 @pytest.mark.parametrize("policy", ["a", "b"])
 def test_truths_are_sums_over_every_output(name: str, policy: str) -> None:
     make, ends = WORLDS[name]
-    world = make(bool(ends))
+    world = make(ends)
     wanted, found = enumerated(world, policy), world.truth(policy)
     assert set(found) == set(wanted) - (set() if world.graph.outputs else {"tv", "js"})
     for column, value in found.items():
@@ -138,7 +138,7 @@ def test_a_policy_that_is_the_target_or_the_prior() -> None:
 @pytest.mark.parametrize("name", WORLDS)
 def test_what_draws_carry_is_the_sum_over_their_own_tokens(name: str) -> None:
     make, ends = WORLDS[name]
-    world = make(bool(ends))
+    world = make(ends)
     q, p0 = world.policies["b"], world.prior
     rng = np.random.default_rng(1)
     draws = 40
@@ -172,9 +172,8 @@ def test_draws_follow_their_law_and_have_the_means_that_they_should() -> None:
     world, n = on_chain(True), 40_000
     drawn = world.draw(np.random.default_rng(3), [16, n, 16])
     rows, truth = drawn.rows(1, 1), world.truth("a")
-    for column, values in (
-        ("kl_prior", rows.log_q - rows.log_p0), ("kl_prior", rows.kl), ("entropy", rows.entropy), ("reward", rows.reward), ("kl_prior", drawn.k3(1)),
-    ):  # fmt: skip
+    of_kl = (rows.log_q - rows.log_p0, rows.kl, drawn.k3(1))
+    for column, values in (*(("kl_prior", x) for x in of_kl), ("entropy", rows.entropy), ("reward", rows.reward)):
         assert abs(values.mean() - truth[column]) < 5 * values.std() / math.sqrt(values.size), column
     for values in (rows.A, rows.B):
         assert abs(values.mean()) < 5 * values.std() / math.sqrt(values.size)
@@ -575,10 +574,10 @@ def test_rows_between_tabs_where_there_is_no_terminal(table: Table) -> None:
     assert "Reverse KL" in shown.getvalue() and "criterion" in shown.getvalue()
 
 
-@pytest.mark.parametrize(
-    ("x", "text"),
-    [(0.0004, ".0004"), (-0.125, "−.1250"), (1.234, "1.23"), (0.0, "0"), (1e-6, "0"), (-1e-6, "0"), (38.25, "38.2"), (1062.4, "1062"), (None, "–")],
-)  # fmt: skip
+NUMBERS = [(0.0004, ".0004"), (-0.125, "−.1250"), (1.234, "1.23"), (0.0, "0"), (1e-6, "0"), (-1e-6, "0"), (38.25, "38.2"), (None, "–")]
+
+
+@pytest.mark.parametrize(("x", "text"), [*NUMBERS, (1062.4, "1062"), (-math.inf, "−∞")])
 def test_numbers(x: float | None, text: str) -> None:
     assert report.number(x) == text
 

@@ -137,3 +137,12 @@ def test_fewer_draws_than_a_set_have_no_diversity(draws: int) -> None:
     for found in (distinct(data, 2), unique(data), self_bleu([["x"] * draws] * 2)):
         assert found.value is None and found.status == "uncertified" and found.n == 2 * draws
         assert found.reason == f"a set needs {SET} draws of a prompt"
+
+
+@pytest.mark.parametrize("counts", [(16, 17), (32, 15), (16, 0), ()])
+def test_prompts_with_unlike_numbers_of_draws_are_refused(counts: tuple[int, ...]) -> None:
+    data = [[[1, 2]] * n for n in counts]
+    says = "as many draws of each prompt expected, got " + (", ".join(map(str, sorted(counts))) or "no prompt")
+    for call in (lambda: distinct(data, 2), lambda: unique(data), lambda: self_bleu([["x y"] * n for n in counts])):
+        with pytest.raises(ValueError, match=says):
+            call()

@@ -41,8 +41,31 @@ def test_two_spellings_are_one_measure() -> None:
 
 
 @pytest.mark.parametrize(
+    "text, printed",
+    [
+        ("reverse-kl", "reverse_kl"),
+        ("kl-prior.k3", "kl_prior.k3"),
+        ("kl_prior.rao-blackwell(draws=64)", "kl_prior.rao_blackwell(draws=64)"),
+        (" distinct-2-target ", "distinct_2_target"),
+        ("cost.train-draws", "cost.train_draws"),
+        ("lm-eval.mmlu-pro.exact-match", "lm_eval.mmlu-pro.exact-match"),  # what follows is lm-eval's own name
+        ("chi2", "chi2"),
+    ],
+)
+def test_in_names_a_hyphen_is_an_underscore(text: str, printed: str) -> None:
+    assert str(Measure.parse(text)) == printed and Measure.parse(printed) == Measure.parse(text)
+
+
+def test_a_value_keeps_its_hyphens() -> None:
+    assert Measure.parse("log-z(interval='a-b')").options == (("interval", "a-b"),)
+    assert Measure("reverse-kl") == Measure("reverse_kl") and Measure("kl-prior", "rao-blackwell").estimator == "rao_blackwell"
+
+
+@pytest.mark.parametrize(
     "text, says",
     [
+        ("reverse-lk", "no column 'reverse_lk'; did you mean 'reverse_kl'?"),
+        ("kl-prior(dra-ws=2)", "name=value pairs"),
         ("reverse_lk", "no column 'reverse_lk'; did you mean 'reverse_kl'?"),
         ("kl_prior(darws=2)", "no option of kl_prior 'darws'; did you mean 'draws'?"),
         ("kl_prior(64)", "name=value pairs"),

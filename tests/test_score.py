@@ -10,13 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from klbench import pooled, streams
 from klbench import task as tasks
 from klbench.bank import Bank, shipped
+from klbench.board import Board
+from klbench.errors import UserError
 from klbench.estimate import Estimate
 from klbench.estimators import kl_prior
 from klbench.models import open_policy, open_prior
+from klbench.policies import causal_lm
 from klbench.pooled import stored
-from klbench.record import Record, Run, Score, Train
+from klbench.record import Pooled, Record, Run, Score, Train
 from klbench.rows import Rows
 from klbench.score import cell, hashes
 from klbench.sheet import Sheet
@@ -120,3 +124,59 @@ def test_only_the_machine_differs_between_equal_cells(out: Path, tmp_path: Path)
     a, b = (Record.read(folder / "records" / f"{run.id}.json") for folder in (out, tmp_path))
     assert a.comparable() == b.comparable() and a.cost["machine"] != b.cost["machine"]
     assert (out / "samples" / f"{run.id}.npz").read_bytes() == (tmp_path / "samples" / f"{run.id}.npz").read_bytes()
+
+
+# the table's pool
+
+
+@pytest.fixture(scope="module")
+def table(out: Path) -> tuple[pooled.PoolCell, Pooled]:
+    records = tuple(r for r in map(Record.read, sorted((out / "records").glob("*.json"))) if r.run.task == "factuality")
+    made = pooled.PoolCell(records, pooled.members_of(records, 8), out, (), "cpu")
+    pooled.work(made, lambda event: None)
+    return made, Pooled.all_in(out)[0]
+
+
+def test_members_are_the_trained_policies_nearest_on_the_train_split(out: Path) -> None:
+    rloo, ipo = record(out, "rloo"), record(out, "ipo")
+    near = lambda r, reward: r.model_copy(update={"curve": [{"kl_prior": 0.5, "reward": reward}]})  # noqa: E731
+    few = [near(rloo, 0.1), near(ipo, 0.2), record(out, "ancestral")]
+    assert pooled.members_of(few, 8) == (ipo.run.id, rloo.run.id)
+    assert pooled.members_of(few, 1) == (ipo.run.id,)
+    assert pooled.members_of([near(rloo, 0.3), few[1]], 1) == (rloo.run.id,)
+    assert pooled.members_of(few, 0) == () == pooled.members_of([record(out, "ancestral")], 8)
+
+
+def test_a_pooled_figure_is_that_of_a_sheet_made_afresh(out: Path, table: tuple[pooled.PoolCell, Pooled]) -> None:
+    """What the stage read from samples files is what the policies draw and say when they are asked again."""
+    cell_, found = table
+    task, prior = tasks.load("factuality"), open_prior("mini")
+    target = task.target(prior, task.beta)
+    path = shipped(task, "mini")
+    assert path is not None and found.members == cell_.members and len(found.members) == 2
+    bank = Bank.from_bytes(path.read_bytes(), str(path)).first(3)
+    sheet = Sheet(prior, target, cell_.records[0].prompt_ids, bank, SCORE.bank, task.max_new_tokens)
+    for r in cell_.records:
+        if r.run.id in found.members:
+            policy = causal_lm.load(out / "policies" / r.run.id, r.run.id)
+            sheet.add(r.run.id, policy, SCORE.draws, streams.seed(0, f"score/factuality/{r.run.method}"))
+    for name in found.members:
+        again = sheet.pool(name, found.members).columns(1 / task.beta)[0]["reverse_kl"]
+        assert again.value == pytest.approx(found.columns[name]["reverse_kl"].value, abs=1e-6)
+        alone = next(r for r in cell_.records if r.run.id == name).columns["reverse_kl"]
+        assert again.value != alone.value and abs(again.value - alone.value) < 4 * (alone.stderr or 0)
+
+
+def test_the_board_shows_pooled_figures_and_passes_over_those_of_other_draws(table: tuple[pooled.PoolCell, Pooled]) -> None:
+    cell_, found = table
+    rows = {r.id: r for t in Board.of(cell_.records, None, [found]).tables for r in t.rows}
+    plain = {r.id: r for t in Board.of(cell_.records).tables for r in t.rows}
+    name = found.members[0]
+    assert rows[name].estimate("reverse_kl") == found.columns[name]["reverse_kl"] != plain[name].estimate("reverse_kl")
+    assert rows[name].estimate("reward") == plain[name].estimate("reward") and rows[name].record == plain[name].record
+    target = next(r.run.id for r in cell_.records if r.run.method == "rejection")
+    assert target not in found.columns and rows[target].status == "exact"
+    other = [r.model_copy(update={"hashes": {**r.hashes, "samples": "0"}}) if r.run.id == name else r for r in cell_.records]
+    assert Board.of(other, None, [found]).tables[0].pool is None and not found.fits(other)
+    with pytest.raises(UserError, match="not a pool of klbench"):
+        Pooled.read(cell_.out / "records" / f"{name}.json")

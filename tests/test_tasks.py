@@ -5,12 +5,18 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import math
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 
 from klbench import task
+from klbench.bank import Bank, shipped
+from klbench.estimators import moments
+from klbench.models import open_prior
+from klbench.policies.causal_lm import CausalLM
 from klbench.target import Reward
 from klbench_tasks.bias.task import Balance, gender
 from klbench_tasks.factuality.task import correct
@@ -166,6 +172,43 @@ def test_balance_is_lambda_times_phi() -> None:
     assert reward(["a", "a", "a", "b", "b"], [" she", " he", " it", " she", " he"]) == [0.75, -0.75, 0.0, -0.5, 0.5]
     with pytest.raises(KeyError):
         reward(["c"], [" she"])
+
+
+@pytest.mark.parametrize(("scale", "holds"), [(1.0, True), (0.8, False), (0.0, False)])
+def test_the_bias_target_is_right_to_its_tolerance(scale: float, holds: bool) -> None:
+    """README of the task: |E_p*[phi]| <= .04 at each prompt, <= .01 on the mean, beyond what the bank itself cannot tell."""
+    loaded = task.load("bias")
+    path = shipped(loaded, "mini")
+    assert path is not None
+    bank = Bank.from_bytes(path.read_bytes(), str(path))
+    assert bank.feature is not None
+    weight = np.exp(scale * bank.reward)  # the reward is lambda phi at beta 1
+    share = weight / weight.sum(1, keepdims=True)
+    moment = (share * bank.feature).sum(1)
+    error = np.sqrt((share**2 * (bank.feature - moment[:, None]) ** 2).sum(1))
+    each = bool((np.abs(moment) <= 0.04 + 3 * error).all())
+    mean = abs(float(moment.mean())) <= 0.01 + 2 * math.sqrt(float((error**2).sum())) / len(moment)
+    assert (each and mean) == holds
+
+
+def test_lambda_is_what_other_draws_would_fit() -> None:
+    """lambda.json against a fit on the bank, which had no part in it; both errors counted."""
+    prior = open_prior("mini")
+    assert isinstance(prior, CausalLM)
+    loaded = task.load("bias")
+    path = shipped(loaded, "mini")
+    kept = json.loads((ROOT / "bias" / "lambda.json").read_text())
+    table = kept[prior.weights_hash()]
+    assert path is not None
+    bank = Bank.from_bytes(path.read_bytes(), str(path))
+    assert bank.feature is not None
+    gaps = []
+    for prompt, phi in zip(loaded.prompts("score"), bank.feature, strict=True):
+        fitted = moments.fit(phi, 0.0, box=(-1.0, 1.0))
+        assert fitted.lam is not None and fitted.stderr is not None and fitted.status == "certified"
+        lam, stderr = table[prompt]["lambda"], table[prompt]["stderr"]
+        gaps.append((fitted.lam[0] - lam) / math.hypot(fitted.stderr[0], stderr))
+    assert max(map(abs, gaps)) < 3.5 and 0.3 < float(np.std(gaps)) < 2.0
 
 
 def test_bias_wants_as_many_of_one_as_of_the_other() -> None:

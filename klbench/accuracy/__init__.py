@@ -1,7 +1,8 @@
 """`klbench accuracy`: every estimator's RMSE, bias and coverage against exact sums, beside what others compute from the same draws.
 
-worlds     targets of which every figure is an exact sum        rivals     klbench's estimators and others', on one set of draws
-cells      replications to rows                                 criteria   what the rows have to show        report    how they are shown
+worlds     targets of which every figure is an exact sum        rivals     klbench's estimators and others', on the same draws
+cells      replications to rows                                 criteria   what the rows have to show
+report     how they are shown                                   plots      the page's two figures
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from klbench.record import write_atomically
 REPLICATIONS: Final = 300
 QUICK_REPLICATIONS: Final = 30
 COLLAPSED_POLICIES: Final = 1000
-CHUNK: Final = 50  # replications a worker does at a time
+CHUNK: Final = 100  # replications a worker does at a time
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ def settings_of(targets: Sequence[str] | None, quick: bool) -> tuple[Setting, ..
 
 
 def run(
-    replications: int | None = None, seed: int = 0, targets: Sequence[str] | None = None, *, quick: bool = False, workers: int | None = None,
+    replications: int | None = None, seed: int = 0, targets: Sequence[str] | None = None, *, quick: bool = False,
+    workers: int | None = None,
     out: Path | None = None, docs: Path | None = None, command: str = "klbench accuracy",
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> Table:  # fmt: skip

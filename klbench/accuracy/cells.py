@@ -1,13 +1,13 @@
 """Replications of a setting, and what they come to: RMSE, bias and coverage of every estimator of every column, a row each.
 
-A setting is a target with numbers of draws. In a replication each law draws afresh; every estimator reads the same draws. Replication i of a
-setting has its own stream, so a table is the same on any number of workers and a longer one begins with the shorter one's replications.
+A setting is a target with numbers of draws. In a replication each law draws afresh, and every estimator reads the same draws. Replication
+i of a setting has its own stream: a table is the same on any number of workers, and a longer one begins with a shorter one's replications.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Final, NamedTuple
@@ -50,7 +50,8 @@ class Setting:
         return f"{self.target} {self.draws}+{self.bank}" + (f"+{self.rest}" if self.rest else "")
 
 
-POOLED: Final = {COLLAPSED: COLLAPSED[:1]}  # who gets a pooled figure, where not all do
+# Who gets a pooled figure, where not all do.
+POOLED: Final[dict[tuple[str, ...], tuple[str, ...]]] = {FAR_BOARD: FAR_BOARD[1:], COLLAPSED: COLLAPSED[:1]}
 FOUR: Final = ("near", "mid", "far", "under")
 SETTINGS: Final = (
     *(Setting(name, (NEAR_BOARD, FAR_BOARD, COLLAPSED), FOUR) for name in worlds.TABLES),
@@ -109,12 +110,12 @@ def replication(
     number = {name: i + 1 for i, name in enumerate(world.policies)}
     alone = {name: sample(world, drawn, rest, number[name]) for name in world.policies}
     given = [(name, "", alone[name]) for name in setting.alone]
-    for lineup in setting.lineups:
-        for name in POOLED.get(lineup, lineup):
-            others = [number[other] for other in lineup if other != name]
+    for members in setting.lineups:
+        for name in POOLED.get(members, members):
+            others = [number[other] for other in members if other != name]
             of = (0, number[name], *others)
             strata = tuple(Stratum(drawn.rows(number[name], j), drawn.density(j, of)) for j in others)
-            given.append((name, "+".join(lineup), replace(alone[name], others=strata, base=alone[name])))
+            given.append((name, "+".join(members), replace(alone[name], others=strata, base=alone[name])))
     for name, lineup, read in given:
         for label, estimator in estimators.items():
             if bool(lineup) == ("board" in label):
@@ -248,5 +249,5 @@ def row_of(key: Key, figures: Array) -> Row:
     return Row(
         key, float(known.mean()) if len(known) else math.nan, len(figures), int(there.sum()),
         float(error.mean()) if len(error) else None, float(np.sqrt((error**2).mean())) if len(error) else None,
-        float((high - low)[both].mean()) if both.any() else None, tallies,
+        float((high[both] - low[both]).mean()) if both.any() else None, tallies,
     )  # fmt: skip

@@ -1,8 +1,8 @@
 """What the accuracy table has to show, each criterion with its bound, what was measured and where it is worst.
 
-A cell is a row of the table: one column of one policy, of one pool, in one setting. For coverage a cell is split by status, and counted where
-at least LEAST of its figures have that status. 28 misses of 300 are what an honest 95 % interval exceeds with probability TAIL; in a
-cell with fewer figures the bound is the count with the same tail, and `chance` is how many of all cells honest intervals would put beyond it.
+A cell is a row of the table: one column of one policy, of one pool, in one setting. For coverage a cell is split by status, and counted
+where at least LEAST of its figures have that status. 28 misses of 300 are what an honest 95 % interval exceeds with probability TAIL; in a
+cell with fewer figures the bound is the count with that tail. Chance allows as many cells beyond it as honest intervals would put there.
 """
 
 from __future__ import annotations

@@ -49,9 +49,11 @@ MEANINGS: Final = {
     "TRL RLOO, PPO": "`kl` of RLOOTrainer times tokens an output, `objective/kl` and `objective/entropy` of PPOTrainer: k1 and −log q",
 }
 ORDER: Final = tuple(MEANINGS)
+HIDDEN: Final = "a prompt each, with a hidden mode of prior mass 1e-4 to 1e-1, β 0.08 to 0.5, and a collapsed policy that never saw it"
 LARGE: Final = " 1000+1000"  # settings that a summary speaks of
 COLUMNS: Final = (
-    "reverse_kl", "log_z", "wasted_nats", "forward_kl", "tv", "js", "chi2", "kl_prior", "entropy", "reward", "beta_implied", "kl_efficiency",
+    "reverse_kl", "log_z", "wasted_nats", "forward_kl", "tv", "js", "chi2", "kl_prior", "entropy", "reward", "beta_implied",
+    "kl_efficiency",
 )  # fmt: skip
 
 
@@ -129,10 +131,9 @@ class Table:
             "targets": {name: worlds.WORLDS[name].says for name in worlds.WORLDS if any(s.startswith(f"{name} ") for s in self.settings)},
             "reach": {name: _digits(a) for name, a in self.reach.items()},
             "estimators": MEANINGS,
-            "rows": [_flat(row) for row in self.rows],
         }
-        head = json.dumps({k: v for k, v in document.items() if k != "rows"}, indent=1, ensure_ascii=False)[:-2]
-        rows = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in document["rows"])  # a row a line: a change shows in a diff
+        head = json.dumps(document, indent=1, ensure_ascii=False)[:-2]
+        rows = ",\n".join("  " + json.dumps(_flat(row), ensure_ascii=False) for row in self.rows)  # a row a line: diffs can be read
         return f'{head},\n "rows": [\n{rows}\n ]\n}}\n'
 
     def to_csv(self) -> str:
@@ -231,10 +232,11 @@ def columns_block(table: Table) -> Block:
         every = [s for mine in by_policy.values() for s in mine]
         biases = [s.bias for s in every if s.bias is not None]
         covered = [s.coverage for s in every if s.coverage is not None]
-        lines.append(
-            (column, estimator, *rmse, number(max(biases, key=abs, default=None), True), share(float(np.mean(covered)) if covered else None))
-        )  # fmt: skip
-    says = "Median RMSE over targets by kind of policy, bias farthest from 0, mean coverage. A bound (chi2 where it is `lower`) covers if the truth is above it."
+        held = float(np.mean(covered)) if covered else None
+        lines.append((column, estimator, *rmse, number(max(biases, key=abs, default=None), True), share(held)))
+    says = (
+        "Median RMSE over targets by kind of policy, bias farthest from 0, mean coverage. A lower bound covers where the truth is above it."
+    )
     return Block("Every column", says, ("column", "estimator", *POLICIES, "bias", "coverage"), tuple(lines), 2)
 
 
@@ -253,12 +255,12 @@ def targets_block(table: Table) -> Block:
         cells += [share(1 - misses / intervals) if intervals else "–", "–" if worst is None else f"{worst.misses} of {worst.intervals}"]
         lines.append((setting, number(table.reach.get(setting)), *cells))
     head = ("target, draws + bank (+ rest)", "reach", "certified", "wide", "uncertified", *by, "coverage", "most misses")
-    says = "Least true reach A over prompts, share of figures by status, median RMSE of reverse_kl over policies, and coverage of klbench's intervals."
+    says = "Least true reach A over prompts, share of figures by status, median RMSE of reverse_kl over policies, coverage by klbench."
     return Block("Targets", says, head, tuple(lines))
 
 
 def criteria_block(table: Table) -> Block:
-    lines = tuple((c.verdict, c.name, c.measured, c.bound, c.where) for c in table.criteria)
+    lines = tuple((c.verdict, c.name, c.measured, c.bound.replace("<=", "≤").replace(">=", "≥"), c.where) for c in table.criteria)
     says = "What issue 4 asks of this table, measured. A cell is one column of one policy in one setting; coverage is counted by status."
     return Block("Criteria", says, ("", "criterion", "measured", "bound", "where"), lines, 2)
 
@@ -292,17 +294,16 @@ def markdown(table: Table) -> str:
     out = [
         "# Accuracy",
         "",
-        f"Made by `{table.command}`; not to be edited. RMSE, bias and coverage against exact sums, {table.replications} replications a cell,",
-        "4 prompts, 1000 draws of the prior and of each policy unless a setting says otherwise (`draws+bank+rest`). All figures:",
-        "`leaderboards/accuracy/`.",
+        f"Made by `{table.command}`; not to be edited. RMSE, bias and coverage against exact sums, {table.replications} replications a",
+        "cell, 4 prompts, 1000 draws of the prior and of each policy unless a setting says otherwise (`draws+bank+rest`). Every figure is",
+        "in `leaderboards/accuracy/`.",
         "",
     ]
     for block in blocks(table):
         out += [f"## {block.name}", "", block.says, ""]
         out.append("| " + " | ".join(head or "verdict" for head in block.head) + " |")
-        out.append(
-            "|" + "|".join(" --: " if i >= block.numbers and head != "where" else " :-- " for i, head in enumerate(block.head)) + "|"
-        )
+        right = [i >= block.numbers and head != "where" for i, head in enumerate(block.head)]
+        out.append("|" + "|".join(" --: " if x else " :-- " for x in right) + "|")
         out += ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in block.lines]
         out.append("")
     out += ["## Estimators", ""]
@@ -311,16 +312,14 @@ def markdown(table: Table) -> str:
     out += ["## Policies and targets", ""]
     out += [f"- **{name}**: {text}." for name, text in POLICIES.items()]
     out += [
-        "- On tables (V tokens, T positions) every output is summed over; on chains of 32 and 64 tokens, KL, entropy, reward, Z and chi2 come",
-        "  from forward and backward sums over states. Random laws, the same for the same seed.",
+        "- On tables (V tokens, T positions) every output is summed over; on chains of 32 and 64 tokens, KL, entropy, reward, Z and chi2",
+        "  come from forward and backward sums over states. Random laws, the same for the same seed.",
         "",
     ]
     seen = {setting.rpartition(" ")[0] for setting in table.settings}
     out += [f"- **{name}**: {worlds.WORLDS[name].says}." for name in worlds.WORLDS if name in seen]
     if ADVERSARIES in seen:
-        out.append(
-            f"- **{ADVERSARIES}**: a prompt each, a hidden mode of prior mass 1e-4 to 1e-1, β 0.08 to 0.5, a policy that never saw it."
-        )
+        out.append(f"- **{ADVERSARIES}**: {HIDDEN}.")
     return "\n".join(out) + "\n"
 
 
@@ -352,7 +351,7 @@ def page(table: Table) -> str:
         coverage=plots.coverage(table.rows),
         meanings=MEANINGS,
         policies=POLICIES,
-        targets={name: target.says for name, target in worlds.WORLDS.items() if name in seen},
+        targets={name: target.says for name, target in worlds.WORLDS.items() if name in seen} | {ADVERSARIES: HIDDEN},
         replications=table.replications,
         seed=table.seed,
         command=table.command,

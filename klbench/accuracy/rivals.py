@@ -2,15 +2,15 @@
 
     klbench        the pool of the prior's draws and the policy's; KL to the prior and entropy regressed on what has mean 0
     board          the same with the other policies' draws as strata
-    prior IS       log Z = log mean_p0 e^(r/beta);  reverse KL = [mean_q f given A, B] + log Z;  forward KL, TV, JS by weights q/p0 and p*/p0
+    prior IS       log Z = log mean_p0 e^(r/beta);  reverse KL = [mean_q f given A, B] + log Z;  forward KL, TV, JS by weights q/p0, p*/p0
     self IS        log Z = log mean_q w,  w = p0 e^(r/beta) / q;  the rest likewise
     parts          KL(q||p0) regressed - E_q r regressed / beta + log Z of the pool, as three figures and their errors as if independent
     parts, board   the same with the board's log Z
     k1, k3, RB     KL(q||p0) as mean log q/p0;  mean p0/q - 1 - log p0/q of whole outputs;  mean sum_t KL(q_t||p0_t)
     mean           entropy as mean -log q, reward as the plain mean
 
-f = log q - log p0 - r/beta. Their intervals are those of an 8-block jackknife that refits, t with 7 degrees of freedom a prompt (30 at most),
-stretched by nothing: klbench alone adds what may hide. What two packages print carries no interval:
+f = log q - log p0 - r/beta. Their intervals are those of an 8-block jackknife that refits, t with 7 degrees of freedom a prompt (30 at
+most), stretched by nothing: klbench alone adds what may hide. What two packages print carries no interval:
 
     disco          disco 1.1.2 (naver/disco, commit 5ea6fde): `Tuner._update_moving_z` keeps z = mean w a prompt, `metrics/kl.py` gives
                    KL(p*||q) = mean (w/z) log w - log z and, of (q, p*), KL(q||p*) = log z - mean log w; `metrics/tv.py` mean |1 - w/z| / 2;
@@ -19,10 +19,10 @@ stretched by nothing: klbench alone adds what may hide. What two packages print 
     TRL GRPO       trl 1.10.0.dev0 (huggingface/trl, commit f2cd577), `GRPOTrainer._compute_loss`: `kl` = mean over tokens of
                    p0/q - 1 - log p0/q, `entropy` = mean over tokens of H(q_t); here times tokens an output, which makes them nats an output
     TRL RLOO, PPO  the same commit, `rloo_trainer.py`: `kl` = mean over tokens of log q/p0, again times tokens an output, and
-                   `experimental/ppo/ppo_trainer.py`: `objective/kl` = mean over outputs of sum_t log q/p0, `objective/entropy` = mean -log q.
-                   Both are k1 to the last digit.
+                   `experimental/ppo/ppo_trainer.py`: `objective/kl` = mean over outputs of sum_t log q/p0, `objective/entropy` =
+                   mean -log q. Both are k1 to the last digit.
 
-All are evaluated at the policy itself (no step between drawing and scoring), where the packages' figures mean what their documentation says.
+All are evaluated at the policy itself, no step between drawing and scoring: there the packages' figures mean what their documents say.
 """
 
 from __future__ import annotations

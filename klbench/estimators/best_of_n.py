@@ -55,7 +55,9 @@ def curve(proxy: Array, gold: Array | None, sizes: Sequence[int], span: float = 
     draws = proxy.shape[1]
     for n in sizes:
         if n < 1 or n * SHARE > draws:
-            raise UserError(f"best of {n}: n between 1 and a {SHARE}th of the draws expected, {n * SHARE} draws a prompt and not {draws}")
+            raise UserError(
+                f"best of {n}: n between 1 and an eighth of the draws expected, {max(n, 1) * SHARE} draws a prompt and not {draws}"
+            )
     sizes = tuple(int(n) for n in sizes)
     both = {n: (_mean(proxy, proxy, n, span), None if gold is None else _mean(proxy, gold, n, gold_span)) for n in sizes}
     golds = tuple(x for _, x in both.values() if x is not None)

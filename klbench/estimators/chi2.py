@@ -27,9 +27,9 @@ def log_chi2(log_u: Array, log_s: Array, omega: Array) -> Array:
     because a q of e^-800 is not 0. Raises ValueError for shapes that disagree and weights that do not sum to 1.
     """
     log_u, log_s = np.asarray(log_u, dtype=np.float64), np.asarray(log_s, dtype=np.float64)
-    omega = np.broadcast_to(np.atleast_2d(np.asarray(omega, dtype=np.float64)), log_u.shape)
     if log_s.shape != log_u.shape or log_u.ndim != 2:
         raise ValueError(f"[P, n] twice expected: {log_u.shape}, {log_s.shape}")
+    omega = np.broadcast_to(np.atleast_2d(np.asarray(omega, dtype=np.float64)), log_u.shape)
     if (np.abs(omega.sum(1) - 1) > 1e-6).any() or (omega < 0).any():
         raise ValueError("row weights that are not negative and sum to 1 expected")
     there = (omega > 0) & np.isfinite(log_u)

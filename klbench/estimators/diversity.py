@@ -1,7 +1,8 @@
 """Diversity of draws in sets of 16 of one prompt: distinct-n, unique share, self-BLEU. Each is a mean over sets, then over prompts.
 
 distinct_n = E[different n-grams] / E[n-grams] of a set, model tokens, EOS left out, no n-gram across draws; self_bleu = BLEU-4 of each
-draw's words against the other 15 (add-1 smoothing above unigrams, closest length for brevity). Errors: jackknife over sets.
+draw's words against the other 15 (add-1 smoothing above unigrams, closest length for brevity). Errors: jackknife over sets. Fewer
+draws than a set: a figure without a value that says so. Prompts with unlike numbers of draws, or none: ValueError.
 """
 
 from __future__ import annotations
@@ -19,6 +20,14 @@ from klbench.estimate import Array, Estimate, Jackknife, undefined
 SET: Final = 16
 
 Tokens = Sequence[Sequence[int]]
+
+
+def _rectangle(draws: Sequence[Sequence[object]]) -> int:
+    """P N, of draws [P][N]. Raises ValueError when a prompt has more of them than another, or there is no prompt."""
+    counts = sorted({len(prompt) for prompt in draws})
+    if len(counts) != 1:
+        raise ValueError(f"as many draws of each prompt expected, got {', '.join(map(str, counts)) or 'no prompt'}")
+    return len(draws) * counts[0]
 
 
 def _sets(draws: Sequence[object]) -> list[range]:
@@ -42,6 +51,7 @@ def _ratio(top: Array, bottom: Array, n: int) -> Estimate:
 
 def distinct(draws: Sequence[Tokens], n: int) -> Estimate:
     """distinct-n of draws [P][N] of token ids (EOS left out)."""
+    size = _rectangle(draws)
     top, bottom = [], []
     for prompt in draws:
         seen, total = [], []
@@ -51,18 +61,20 @@ def distinct(draws: Sequence[Tokens], n: int) -> Estimate:
             total.append(len(grams))
         top.append(seen)
         bottom.append(total)
-    return _ratio(np.array(top, np.float64), np.array(bottom, np.float64), sum(map(len, draws)))
+    return _ratio(np.array(top, np.float64), np.array(bottom, np.float64), size)
 
 
 def unique(draws: Sequence[Tokens]) -> Estimate:
     """Share of different draws in a set."""
+    size = _rectangle(draws)
     top = [[len({tuple(p[i]) for i in members}) for members in _sets(p)] for p in draws]
     seen = np.array(top, np.float64)
-    return _ratio(seen, np.full_like(seen, SET), sum(map(len, draws)))
+    return _ratio(seen, np.full_like(seen, SET), size)
 
 
 def self_bleu(texts: Sequence[Sequence[str]]) -> Estimate:
     """self-BLEU of completions [P][N]; high is low diversity."""
+    size = _rectangle(texts)
     words = re.compile(r"\w+|[^\w\s]")
     cache: dict[str, list[Counter[tuple[str, ...]]]] = {}
 
@@ -74,7 +86,7 @@ def self_bleu(texts: Sequence[Sequence[str]]) -> Estimate:
 
     scores = [[_set_bleu([grams(p[i]) for i in members]) for members in _sets(p)] for p in texts]
     top = np.array(scores, np.float64)
-    return _ratio(top, np.ones_like(top), sum(map(len, texts)))
+    return _ratio(top, np.ones_like(top), size)
 
 
 def _set_bleu(members: list[list[Counter[tuple[str, ...]]]]) -> float:

@@ -28,7 +28,7 @@ from klbench import estimate
 from klbench.estimate import Array, Estimate
 
 STEPS: Final = 200
-SOLVED: Final = 1e-12  # of the Newton decrement, nats
+SOLVED: Final = 1e-12  # of the Newton decrement, nats; one more whole step then squares it
 INSIDE: Final = 1e-9  # of the hull, relative to the spread of phi
 
 
@@ -151,7 +151,7 @@ def _newton(centred: Array, log_w: Array) -> Array:
         step = -np.linalg.pinv(hess, rcond=1e-12, hermitian=True) @ grad
         fall = float(-grad @ step)
         if fall <= SOLVED:
-            break
+            return lam + step
         for _ in range(60):
             new_f, new_share = value(lam + step)
             if new_f <= f - 0.25 * fall:

@@ -17,8 +17,8 @@ import torch
 
 from klbench import bank as banks
 from klbench import streams, task
-from klbench.policies.causal_lm import CausalLM
 from klbench.models import open_prior
+from klbench.policies.causal_lm import CausalLM
 from klbench.target import evaluate
 from klbench.weights import log_mean_exp
 
@@ -119,6 +119,13 @@ def card(prior: CausalLM) -> None:
             figures["a pronoun is said, she given one (least to largest)"] = (
                 f"{said.mean():.2f}, {((bank.feature > 0).mean(1) / said).min():.2f} to {((bank.feature > 0).mean(1) / said).max():.2f}"
             )
+            share = np.exp(tilt - log_z[:, None]) / tilt.shape[1]
+            moment, share2 = (share * bank.feature).sum(1), share**2
+            error = np.sqrt((share2 * (bank.feature - moment[:, None]) ** 2).sum(1))
+            figures["E_p*[φ] on the bank, mean over prompts and its standard error"] = (
+                f"{moment.mean():.4f}, {np.sqrt((error**2).sum()) / len(moment):.4f}"
+            )
+            figures["largest |E_p*[φ]| of a prompt, and a prompt's standard error"] = f"{np.abs(moment).max():.3f}, {error.mean():.3f}"
         table = "| base rate on `mini` | |\n|---|---|\n" + "".join(f"| {k} | {v} |\n" for k, v in figures.items())
         text = f"Written by `python klbench/priors/mini/provenance/finish.py card` from `banks/mini.npz`.\n\n{table}"
         readme = ROOT / "tasks" / name / "README.md"
