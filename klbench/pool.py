@@ -23,9 +23,11 @@ delete-a-block jackknife over all strata and the rest, b refitted, k kept. Shape
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Final, final
 
 import numpy as np
@@ -39,6 +41,8 @@ from klbench.rows import Rows
 
 RIDGE: Final = 1e-6
 INTERVALS: Final = ("jackknife", "betting")
+CLEARLY: Final = 0.25  # of the variance, below which another share of the bank is worth taking for the value
+FEW: Final = 10  # draws below which a spread says nothing of what was not drawn
 DROP: Final = 0.3  # control variates that push Z below this share of the plain mean are dropped for that prompt
 
 
@@ -68,16 +72,11 @@ class Fit:
     js: Array
     chi2: Array
 
-
-@dataclass(frozen=True)
-class _Tilted:
-    """What depends on the tilt, of every row: w exp(-top), y = s (f - m0), the gap log p*/q up to log Z, and m0, top [P, 1]."""
-
-    w: Array
-    y: Array
-    gap: Array
-    m0: Array
-    top: Array
+    @classmethod
+    def joined(cls, full: Fit, left: Sequence[Fit]) -> Fit:
+        """[9, P] from fits of which the first holds the full one and pool b that without block b."""
+        names = cls.__dataclass_fields__
+        return cls(**{x: np.stack([getattr(full, x)[0], *(getattr(f, x)[1 + b] for b, f in enumerate(left))]) for x in names})
 
 
 def _kept(x: Array, leave: int | None) -> Array:
@@ -130,6 +129,12 @@ class Pool:
         with np.errstate(invalid="ignore"):
             self._ratio = np.where(drawable & np.isfinite(log_p0), log_q - log_p0, 0.0)
 
+    def _alone(self) -> Pool:
+        """The same pool with its density taken as known."""
+        alone = copy.copy(self)
+        alone.refits = ()
+        return alone
+
     @property
     def infinite(self) -> bool:
         """Whether q puts mass where the prior has none: a draw of its own shows it, or the law at a prefix of one."""
@@ -143,77 +148,119 @@ class Pool:
         np.multiply(inverse_beta, self.reward_max, out=ceiling, where=np.isfinite(self.reward_max))
         return np.asarray(draws * np.exp(np.minimum(log_z - ceiling, 0.0)))
 
-    def _weights(self, leave: int | None) -> Array:
-        """[n] weight of each row in a mean over the mixture: a_j over the draws of stratum j that are kept."""
-        kept = np.ones(len(self._block), bool) if leave is None else self._block != leave
-        counts = np.bincount(self._stratum[kept], minlength=len(self._share))
-        return np.where(kept, (self._share / counts)[self._stratum], 0.0)
+    @cached_property
+    def _fold(self) -> tuple[NDArray[np.int64], NDArray[np.int64], Array]:
+        """Rows in order of (stratum, block), where each group starts, and [9, G] weights of the groups' sums in a mean over the mixture.
 
-    def _tilted(self, inverse_beta: float) -> _Tilted:
-        tilt = inverse_beta * self.rows.reward
-        log_w = self.rows.log_p0 + tilt - self._log_m
-        top = np.max(log_w, axis=1, keepdims=True)  # of the rows that are there: Z cannot vanish
-        w = np.exp(log_w - top)
-        f = np.where(self._s > 0, self._ratio - tilt, 0.0)
-        m0 = (self._s * f).sum(1, keepdims=True) / self._s.sum(1, keepdims=True)
-        with np.errstate(invalid="ignore"):
-            gap = np.where(w > 0, self.rows.log_p0 + tilt - self.rows.log_q, 0.0)
-        return _Tilted(w, self._s * (f - m0), gap, m0, top)
+        Row 0 of the weights is the full fit, row 1 + b the one without block b: a_j over the draws of stratum j that are kept.
+        """
+        group = self._stratum * BLOCKS + self._block
+        order = np.argsort(group, kind="stable")
+        sizes = np.bincount(group).reshape(-1, BLOCKS)  # [J + 1, 8]; none is empty
+        kept = np.ones((BLOCKS + 1, BLOCKS)) - np.vstack([np.zeros(BLOCKS), np.eye(BLOCKS)])
+        weight = kept[:, None] * (self._share / (kept @ sizes.T))[:, :, None]  # [9, J + 1, 8]
+        return order, np.concatenate([[0], np.cumsum(sizes.ravel())[:-1]]), weight.reshape(BLOCKS + 1, -1)
 
-    def _regress(self, targets: Array, omega: Array, guard: bool = False) -> tuple[Array, Array]:
-        """[P, t] means over the mixture of targets [P, n, t] less what X explains (least squares with intercept), and the residuals.
+    def _means(self, terms: Array) -> Array:
+        """[9, P, ...] means over the mixture of terms [P, n, ...]: of all rows, and without each block."""
+        order, starts, weight = self._fold
+        return np.tensordot(weight, np.add.reduceat(terms[:, order], starts, axis=1), (1, 1))
+
+    @cached_property
+    def _design(self) -> tuple[Array, Array]:
+        """[9, P, d] means of X and [9, P, d, d] inverses of its ridged covariance: the same for every tilt and target."""
+        mean = self._means(self._X)
+        order, starts, weight = self._fold
+        X = self._X[:, order]
+        sums = np.stack([part.transpose(0, 2, 1) @ part for part in np.split(X, starts[1:], axis=1)])  # [G, P, d, d]
+        gram = np.tensordot(weight, sums, (1, 0)) - mean[..., :, None] * mean[..., None, :]
+        return mean, np.asarray(np.linalg.inv(gram + RIDGE * np.eye(X.shape[2])), dtype=np.float64)
+
+    def _regress(self, targets: Array, guard: bool = False) -> tuple[Array, Array]:
+        """[9, P, t] means over the mixture of targets [P, n, t] less what X explains (least squares with intercept), and b [9, P, d, t].
 
         guard: the first target is w; where its mean would fall below DROP of the plain one, that prompt does without X.
         """
-        X = self._X
-        mean_x, mean_t = omega @ X, omega @ targets  # [P, d], [P, t]
-        weighted = (X * omega[:, None]).transpose(0, 2, 1)
-        gram = weighted @ X - mean_x[:, :, None] * mean_x[:, None, :]
-        cross = weighted @ targets - mean_x[:, :, None] * mean_t[:, None, :]
-        b = np.linalg.solve(gram + RIDGE * np.eye(X.shape[2]), cross)
-        found = mean_t - (mean_x[:, None, :] @ b)[:, 0]
+        mean_x, inverse = self._design
+        order, starts, weight = self._fold
+        mean_t = self._means(targets)
+        pairs = zip(np.split(self._X[:, order], starts[1:], axis=1), np.split(targets[:, order], starts[1:], axis=1), strict=True)
+        sums = np.stack([x.transpose(0, 2, 1) @ y for x, y in pairs])  # [G, P, d, t]
+        b = inverse @ (np.tensordot(weight, sums, (1, 0)) - mean_x[..., :, None] * mean_t[..., None, :])
+        found = mean_t - (mean_x[..., None, :] @ b)[..., 0, :]
         if guard:
-            dropped = (found[:, 0] < DROP * mean_t[:, 0])[:, None]
-            b, found = np.where(dropped[:, None], 0.0, b), np.where(dropped, mean_t, found)
-        return found, targets - X @ b
+            dropped = (found[..., 0] < DROP * mean_t[..., 0])[..., None]
+            b, found = np.where(dropped[..., None], 0.0, b), np.where(dropped, mean_t, found)
+        return found, b
 
-    def _finish(self, inverse_beta: float, k: Array | float, leave: int | None, tilted: _Tilted) -> Fit:
-        omega, top = self._weights(leave), tilted.top
-        found, _ = self._regress(np.stack([tilted.w, tilted.y], 2), omega, guard=True)
-        rest = _kept(self.rest, leave)
-        z_rest = _stable_exp(inverse_beta * rest - top).mean(1) if rest.shape[1] else found[:, 0]
-        z_rest = np.where(z_rest > 1e-100, z_rest, found[:, 0])  # hundreds of nats below the scored rows: it says nothing
-        z = (1 - k) * found[:, 0] + k * z_rest
+    def _of_rest(self, terms: Array) -> Array:
+        """[9, P] means of terms [P, M] of the unscored bank, of all and without each block."""
+        block = estimate.blocks_of(terms.shape[1])
+        sums = np.stack([terms[:, block == b].sum(1) for b in range(BLOCKS)])
+        counts = np.bincount(block, minlength=BLOCKS)
+        kept = np.vstack([np.ones(BLOCKS), 1 - np.eye(BLOCKS)])
+        return np.asarray(kept @ sums / (kept @ counts)[:, None])
+
+    def _weigh(self, inverse_beta: float) -> tuple[Array, Array, Array]:
+        """w exp(-top) [P, n] and y = s (f - m0), as targets [P, n, 2]; m0 and top [P, 1]."""
+        tilt = inverse_beta * self.rows.reward
+        log_w = self.rows.log_p0 + tilt - self._log_m
+        top = np.max(log_w, axis=1, keepdims=True)  # of the rows that are there: Z cannot vanish
+        f = np.where(self._s > 0, self._ratio - tilt, 0.0)
+        m0 = (self._s * f).sum(1, keepdims=True) / self._s.sum(1, keepdims=True)
+        return np.stack([np.exp(log_w - top), self._s * (f - m0)], 2), m0, top
+
+    def fits(self, inverse_beta: float, k: Array | float) -> Fit:
+        """All fits at tilt = inverse_beta * reward, [9, P]: the full one, and one without each block of every stratum.
+
+        TV and JS of a left-out block are those of the full log Z, moved along their slope in it; the others are refitted.
+        """
+        if self.refits:
+            alone = self._alone()
+            return Fit.joined(alone.fits(inverse_beta, k), [pool.fits(inverse_beta, k) for pool in self.refits])
+        targets, m0, top = self._weigh(inverse_beta)
+        found, _ = self._regress(targets, guard=True)
+        z = found[..., 0]
+        if self.rest.shape[1]:
+            z_rest = self._of_rest(_stable_exp(inverse_beta * self.rest - top))
+            z = (1 - k) * z + k * np.where(z_rest > 1e-100, z_rest, z)  # hundreds of nats below the scored rows: it says nothing
         log_z = np.log(z) + top[:, 0]
-        s, u = self._s, tilted.w / z[:, None]
+        w, s = targets[..., 0], self._s
+        u = w / z[0][:, None]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            gap = np.where(w > 0, self.rows.log_p0 + inverse_beta * self.rows.reward - self.rows.log_q, 0.0)
+            lost = np.isposinf(gap) & (w > 0)  # p* has mass where q has none
+            terms = np.where(w > 0, 2 * np.log(w) - (self.rows.log_q - self._log_m), -np.inf)
+        gap = np.where(lost, 0.0, gap)
+        peak = np.where(lost, -np.inf, terms).max(1, keepdims=True)
+        js = 0.5 * (_xlog2(s, u) + _xlog2(u, s))
+        means = self._means(
+            np.stack([w, w * gap, s, 0.5 * np.abs(s - u), 0.5 * np.sign(s - u) * u, js, 0.5 * _xlog2(u, s),
+                      np.where(lost, 0.0, np.exp(np.minimum(terms - peak, 0.0)))], 2)
+        )  # fmt: skip
+        w_, w_gap, s_, tv, d_tv, js_, d_js, squares = np.moveaxis(means, -1, 0)
+        moved = log_z - log_z[0]
+        nowhere = lost.any(1)
         # E_m[u log(u/s) - u + s] = KL(p*||q): never negative, and an error of Z enters it at second order
-        with np.errstate(invalid="ignore"):
-            forward = np.where(u * omega > 0, u * (tilted.gap - log_z[:, None]), 0.0) - u + s
-        js = 0.5 * ((_xlog2(s, u) + _xlog2(u, s)) @ omega)
+        forward = np.where(nowhere, math.inf, (w_gap - w_ * log_z - w_) / z + s_)
         with np.errstate(divide="ignore"):
-            spread = chi2.log_chi2(np.log(u), self.rows.log_q - self._log_m, omega)
-        return Fit(tilted.m0[:, 0] + found[:, 1], log_z, forward @ omega, 0.5 * (np.abs(s - u) @ omega), js, spread)
+            chi2 = np.where(nowhere, math.inf, np.maximum(np.log(squares) + peak[:, 0] - 2 * np.log(z), 0.0))
+        return Fit(m0[:, 0] + found[..., 1], log_z, forward, tv + d_tv * moved, js_ - d_js * moved, chi2)
 
     def fit(self, inverse_beta: float, k: Array | float = 0.0, leave: int | None = None) -> Fit:
-        """One fit at tilt = inverse_beta * reward, with block `leave` of every stratum left out."""
-        at = self if leave is None or not self.refits else self.refits[leave]
-        return at._finish(inverse_beta, k, leave, at._tilted(inverse_beta))
+        """One of `fits`, [P]: the full one, or that without block `leave`."""
+        every = self.fits(inverse_beta, k)
+        return Fit(**{name: value[0 if leave is None else 1 + leave] for name, value in vars(every).items()})
 
-    def fits(self, inverse_beta: float, k: Array | float) -> tuple[Fit, list[Fit]]:
-        """The full fit and those with each block left out."""
-        if self.refits:
-            return self.fit(inverse_beta, k), [self.fit(inverse_beta, k, b) for b in range(BLOCKS)]
-        tilted = self._tilted(inverse_beta)
-        return self._finish(inverse_beta, k, None, tilted), [self._finish(inverse_beta, k, b, tilted) for b in range(BLOCKS)]
-
-    def choose_k(self, inverse_beta: float) -> Array:
-        """[P] share of the unscored bank in Z: least sum of se/sqrt(P) and widening among those that certify. 0 when there is no rest."""
+    def choose_k(self, inverse_beta: float) -> tuple[Array, Array]:
+        """[P] shares of the unscored bank in Z: of least standard error, for the value; and of least sum of se/sqrt(P) and widening
+        among those that certify, for the interval's upper end. 0 when there is no rest."""
         if not self.rest.shape[1]:
-            return np.zeros(self.prompts)
-        tilted = self._tilted(inverse_beta)
-        found, left = self._regress(np.stack([tilted.w, tilted.y], 2), self._weights(None), guard=True)
-        z, f, n = found[:, 0], left[:, :, 1], len(self._block)
-        u = left[:, :, 0] / z[:, None]
+            return np.zeros(self.prompts), np.zeros(self.prompts)
+        targets, _, top = self._weigh(inverse_beta)
+        found, b = self._regress(targets, guard=True)
+        left, z, n = targets - self._X @ b[0], found[0, :, 0], len(self._block)
+        u, f = left[:, :, 0] / z[:, None], left[:, :, 1]
 
         def stratified(a: Array, b: Array) -> Array:  # covariance of the means of a and b, fixed allocation
             total = np.zeros(self.prompts)
@@ -223,67 +270,90 @@ class Pool:
             return total / n**2
 
         v_u, v_f, c = stratified(u, u), stratified(f, f), stratified(u, f)
-        v_r = (_stable_exp(inverse_beta * self.rest - tilted.top) / z[:, None]).var(1) / self.rest.shape[1]
+        v_r = (_stable_exp(inverse_beta * self.rest - top) / z[:, None]).var(1) / self.rest.shape[1]
         grid = np.linspace(0, 1, 41)[:, None]
         var = v_f + (1 - grid) ** 2 * v_u + 2 * (1 - grid) * c + grid**2 * v_r
-        reach = self.reach(inverse_beta, np.log(z) + tilted.top[:, 0], grid)
+        reach = self.reach(inverse_beta, np.log(z) + top[:, 0], grid)
         width = 2 * np.sqrt(np.maximum(var, 0) / self.prompts) + estimate.widening(np.maximum(reach, 1e-300))
         certified = reach >= estimate.CERTIFIED
         width = np.where(certified | ~certified.any(0), width, np.inf)  # where some k certifies, none that does not is worth its width
-        return np.asarray(grid[width.argmin(0), 0])
+        high, least = width.argmin(0), np.where(reach >= estimate.WIDE, var, np.inf).argmin(0)
+        at = np.arange(self.prompts)
+        clearly = var[least, at] < CLEARLY * var[high, at]  # variances are estimates too: a small gain may be none
+        return np.asarray(grid[np.where(clearly, least, high), 0]), np.asarray(grid[high, 0])
 
-    def _line(self, leave: int | None) -> tuple[Array, Array]:
-        """[P] KL(q||p0) and E_q r by the mixture: free(lambda) is the first less lambda times the second."""
-        at = self if leave is None or not self.refits else self.refits[leave]
-        s, targets, centres = at._s, [], []
-        for x in (at._ratio, at.rows.reward):
+    @cached_property
+    def kl(self) -> Jackknife:
+        """KL(q||p0) from own draws alone."""
+        return self.own_draws(kl_prior.regressed)
+
+    def own_draws(self, f: Callable[[Rows], Jackknife], on_bank: bool = False) -> Jackknife:
+        """f of own draws (or of the bank's scored ones); where the density is an estimate, made again without each of the bank's blocks."""
+        of = lambda pool: f(pool.bank if on_bank else pool.own)  # noqa: E731
+        full = of(self)
+        return Jackknife(full.full, np.stack([of(p).left[b] for b, p in enumerate(self.refits)])) if self.refits else full
+
+    def _line(self) -> tuple[Array, Array]:
+        """[9, P] KL(q||p0) and E_q r by the mixture: free(lambda) is the first less lambda times the second."""
+        if self.refits:
+            every = [p._line() for p in (self._alone(), *self.refits)]
+            kl, reward = (np.stack([every[0][i][0], *(x[i][1 + b] for b, x in enumerate(every[1:]))]) for i in range(2))
+            return kl, reward
+        s, targets, centres = self._s, [], []
+        for x in (self._ratio, self.rows.reward):
             centre = (s * x).sum(1, keepdims=True) / s.sum(1, keepdims=True)
             targets.append(s * (x - centre))
             centres.append(centre[:, 0])
-        found, _ = at._regress(np.stack(targets, 2), at._weights(leave))
-        return centres[0] + found[:, 0], centres[1] + found[:, 1]
+        found, _ = self._regress(np.stack(targets, 2))
+        return centres[0] + found[..., 0], centres[1] + found[..., 1]
 
-    def _log_z(self, lam: float, k: Array | float, leave: int | None) -> tuple[Array, Array, Array]:
-        """[P] log Z(lambda) and its first two derivatives in lambda; w and r w are regressed, r^2 w is not."""
-        at = self if leave is None or not self.refits else self.refits[leave]
-        reward, omega = at.rows.reward, at._weights(leave)
-        log_w = at.rows.log_p0 + lam * reward - at._log_m
+    def _log_z(self, lam: float, k: Array | float) -> tuple[Array, Array, Array, float]:
+        """[9, P] log Z(lambda) and its first two derivatives in lambda (w and r w are regressed, r^2 w is not), and how many rows carry
+        the second."""
+        reward = self.rows.reward
+        log_w = self.rows.log_p0 + lam * reward - self._log_m
         top = log_w.max(1, keepdims=True)
         w = np.exp(log_w - top)
         centre = (w * reward).sum(1, keepdims=True) / w.sum(1, keepdims=True)  # derivatives are of the centred reward: no cancellation
         r = reward - centre
-        found, _ = at._regress(np.stack([w, w * r], 2), omega, guard=True)
-        moments = [found[:, 0], found[:, 1], (w * r * r) @ omega]
+        bend = w * r * r
+        found, _ = self._regress(np.stack([w, w * r], 2), guard=True)
+        moments = [found[..., 0], found[..., 1], self._means(bend)]
+        rows = _carried(bend)
         if self.rest.shape[1]:
-            r = _kept(self.rest, leave)
-            e = _stable_exp(lam * r - top)
+            e = _stable_exp(lam * self.rest - top)
             there = e.mean(1) > 1e-100  # hundreds of nats below the scored rows: it says nothing
-            r = r - centre
-            moments = [(1 - k) * x + k * np.where(there, y.mean(1), x) for x, y in zip(moments, (e, e * r, e * r * r), strict=True)]
+            r = self.rest - centre
+            rows = max(rows, _carried(e * r * r))
+            moments = [(1 - k) * x + k * np.where(there, self._of_rest(y), x) for x, y in zip(moments, (e, e * r, e * r * r), strict=True)]
         mean = moments[1] / moments[0]
-        return np.log(moments[0]) + top[:, 0], mean + centre[:, 0], np.maximum(moments[2] / moments[0] - mean**2, 0.0)
+        return np.log(moments[0]) + top[:, 0], mean + centre[:, 0], np.maximum(moments[2] / moments[0] - mean**2, 0.0), rows
+
+    @property
+    def _most_lambda(self) -> float:
+        """60 spans of the reward: beyond it a tilt only tells the highest rewards from one another."""
+        return 60.0 / (float((self.rows.reward.max(1) - self.rows.reward.min(1)).max()) or 1.0)
+
+    def nearest(self, start: float, reward: float | None = None) -> tuple[float, tuple[Array, Array]]:
+        """argmin over lambda >= 0 of mean_p [log Z_p(lambda) - lambda E_q r], where the policy is closest to a posterior; `choose_k` there.
+
+        The function that is minimised is the one that `wasted_nats` prints: by Newton steps kept inside a bracket, at most 60 spans.
+        """
+        reward = float(self._line()[1][0].mean()) if reward is None else reward
+        k, lam = self.choose_k(start), start
+        for _ in range(2):  # k belongs to a lambda: chosen where the search starts, and again where it ended
+            lam = _minimum(self._mean_and_variance(k[0]), reward, self._most_lambda, lam)
+            k = self.choose_k(lam)
+        return lam, k
 
     def _mean_and_variance(self, k: Array) -> Callable[[float], tuple[float, float]]:
         """Of the reward under the tilted prior at a lambda, mean over prompts."""
 
         def found(lam: float) -> tuple[float, float]:
-            _, mean, variance = self._log_z(lam, k, None)
-            return float(mean.mean()), float(variance.mean())
+            _, mean, variance, _ = self._log_z(lam, k)
+            return float(mean[0].mean()), float(variance[0].mean())
 
         return found
-
-    def nearest(self, start: float) -> tuple[float, Array]:
-        """argmin over lambda >= 0 of mean_p [log Z_p(lambda) - lambda E_q r], where the policy is closest to a posterior; and its k [P].
-
-        The function that is minimised is the one that `wasted_nats` prints: by Newton steps kept inside a bracket, at most 60 spans.
-        """
-        reward = float(self._line(None)[1].mean())
-        span = float((self.bank.reward.max(1) - self.bank.reward.min(1)).max()) or 1.0
-        k, lam = self.choose_k(start), start
-        for _ in range(2):  # k belongs to a lambda: chosen where the search starts, and again where it ended
-            lam = _minimum(self._mean_and_variance(k), reward, 60.0 / span, lam)
-            k = self.choose_k(lam)
-        return lam, k
 
     def columns(self, inverse_beta: float, interval: str = "jackknife") -> tuple[dict[str, Estimate], dict[str, Array], Array]:
         """All columns that hold Z or p*, per-prompt arrays, and the reach [P] behind reverse_kl. interval: one of INTERVALS.
@@ -291,54 +361,67 @@ class Pool:
         "betting" gives log_z an interval that is exact at any N0, from prior draws alone, and reverse_kl the sum of that and of the
         t interval of F, each at 97.5 %; the other columns keep theirs.
         """
-        k = self.choose_k(inverse_beta)
-        full, left = self.fits(inverse_beta, k)
-
-        def jack(get: Callable[[Fit], Array]) -> Jackknife:
-            return Jackknife(get(full), np.stack([get(x) for x in left]))
-
+        k, k_high = self.choose_k(inverse_beta)
+        found = self.fits(inverse_beta, k)
+        other = found if (k == k_high).all() else self.fits(inverse_beta, k_high)
         n = self.prompts * (self.draws + self.bank_draws)
-        reverse, log_z, free = jack(lambda x: x.free + x.log_z), jack(lambda x: x.log_z), jack(lambda x: x.free)
-        reach = self.reach(inverse_beta, log_z.estimates, k)
+        jack = lambda x: Jackknife(x[0], x[1:])  # noqa: E731
+        free, log_z = jack(found.free), jack(found.log_z)
+        reach_value, reach = self.reach(inverse_beta, log_z.estimates, k), self.reach(inverse_beta, jack(other.log_z).estimates, k_high)
         scored = self.reach(inverse_beta, log_z.estimates)  # what reads p* on scored rows alone
         out: dict[str, Estimate] = {}
         known = bool(np.isfinite(self.reward_max).all())
-        for name, figure in (("reverse_kl", reverse), ("log_z", log_z)):
-            out[name] = self._guard(figure.mean(n=n, widen=estimate.widening(reach)), reach, known)
+        for name, value, high in (
+            ("reverse_kl", found.free + found.log_z, other.free + other.log_z),
+            ("log_z", found.log_z, other.log_z),
+        ):
+            out[name] = self._guard(_both(jack(value), reach_value, jack(high), reach, n), reach, known)
         if interval == "betting":
             tilt = inverse_beta * np.concatenate([self.bank.reward, self.rest], 1)
             ceiling = inverse_beta * self.reward_max if inverse_beta > 0 else np.zeros(self.prompts)
-            (low, high), part = betting.mean_log_z(tilt, ceiling, 0.975), free.mean(n=n, level=0.975)
+            (low, high_), part = betting.mean_log_z(tilt, ceiling, 0.975), free.mean(n=n, level=0.975)
             assert part.low is not None and part.high is not None
             out["log_z"] = estimate.by_betting(out["log_z"], *betting.mean_log_z(tilt, ceiling), reach)
-            out["reverse_kl"] = estimate.by_betting(out["reverse_kl"], part.low + low, part.high + high, reach)
+            out["reverse_kl"] = estimate.by_betting(out["reverse_kl"], part.low + low, part.high + high_, reach)
         if self.infinite:
             nowhere = estimate.exactly(math.inf, n, "the policy puts mass where the prior has none")
             out |= {"reverse_kl": nowhere, "wasted_nats": nowhere}
         else:
             out |= self._waste(inverse_beta, n, known)
         hidden = 3.0 / (scored + 3.0)  # the most of p* that no scored prior draw has seen (95 %)
-        for name, get in (("tv", lambda x: x.tv), ("js", lambda x: x.js), ("forward_kl", lambda x: x.forward_kl)):
-            out[name] = self._guard(_unseen(name, jack(get).mean(n=n), hidden), scored, known)
+        for name, values in (("tv", found.tv), ("js", found.js), ("forward_kl", found.forward_kl)):
+            out[name] = self._guard(_unseen(name, jack(values).mean(n=n), hidden), scored, known)
         if out["forward_kl"].status == "wide":
             out["forward_kl"] = replace(out["forward_kl"], status="lower", high=None, population=None)
-        w = np.exp(self.own.log_p0 + inverse_beta * self.own.reward - self.own.log_q - full.log_z[:, None])
-        effective = weights.ess(w)
-        khat, ess = max(weights.khat(x) for x in w), float(effective.mean())
-        out["chi2"] = self._guard(chi2.guarded(jack(lambda x: x.chi2), n, khat, float(effective.min())), scored, known)
+        w = np.exp(self.own.log_p0 + inverse_beta * self.own.reward - self.own.log_q - found.log_z[0][:, None])
+        ess = float(weights.ess(w).mean())
+        squares = self._squares(inverse_beta, found.log_z[0])
+        tail = max(weights.khat(x) for x in squares)
+        out["chi2"] = self._guard(chi2.guarded(jack(found.chi2), n, tail, float(weights.ess(squares).min())), scored, known)
         out["ess"] = Estimate(ess, n=n, reason="certifies nothing")
-        out["khat"] = Estimate(khat, n=n, reason="largest over prompts; certifies nothing")
+        out["khat"] = Estimate(max(weights.khat(x) for x in w), n=n, reason="largest over prompts; certifies nothing")
         out["reverse_kl"] = replace(out["reverse_kl"], ess=ess)
         least = float(reach.min())
         out["reach"] = (
             Estimate(least, n=self.bank_draws, reason="least over prompts") if known else estimate.undefined("no reward_max declared")
         )
-        per_prompt = {"free": free.estimates, "log_z": log_z.estimates, "reverse_kl": reverse.estimates, "reach": reach}
+        per_prompt = {
+            "free": free.estimates,
+            "log_z": log_z.estimates,
+            "reverse_kl": jack(found.free + found.log_z).estimates,
+            "reach": reach,
+        }
         per_prompt["free_stderr"] = np.sqrt(free.variances)
         if self.infinite:
             nowhere_at = np.isneginf(self.own.log_p0).any(1) | np.isposinf(self.own.kl).any(1)
             per_prompt |= {name: np.where(nowhere_at, math.inf, per_prompt[name]) for name in ("free", "reverse_kl")}
         return out, per_prompt, reach
+
+    def _squares(self, inverse_beta: float, log_z: Array) -> Array:
+        """[P, n] u^2 / s of the rows, the terms of 1 + chi2: what few of them carry, the others have not seen."""
+        log_u = self.rows.log_p0 + inverse_beta * self.rows.reward - self._log_m - log_z[:, None]
+        with np.errstate(invalid="ignore", over="ignore"):
+            return np.nan_to_num(np.exp(np.minimum(2 * log_u - (self.rows.log_q - self._log_m), 300.0)), posinf=0.0)
 
     def _guard(self, figure: Estimate, reach: Array, known: bool) -> Estimate:
         if figure.status == "exact":
@@ -355,45 +438,51 @@ class Pool:
 
         A left-out block moves lambda by one Newton step d_b = -g_b'/g'', and g_b's minimum is its value at lambda-hat less g'' d_b^2 / 2.
         """
-        lam, k = self.nearest(start)
-        blocks = (None, *range(BLOCKS))
-        lines, duals = [self._line(b) for b in blocks], [self._log_z(lam, k, b) for b in blocks]
-        g = np.stack([kl - lam * reward + log_z for (kl, reward), (log_z, _, _) in zip(lines, duals, strict=True)])
-        slope = np.array([float((first - reward).mean()) for (_, reward), (_, first, _) in zip(lines, duals, strict=True)])
-        bend = max(float(duals[0][2].mean()), 1e-12)
-        step = np.maximum(-slope[1:] / bend, -lam)
-        gained = slope[1:] * step + 0.5 * bend * step**2  # of each block's mean, by its own lambda; never above 0
-        jack, reach = Jackknife(g[0], g[1:]), self.reach(lam, duals[0][0], k)
-        waste = _moved(jack.mean(n=n, widen=estimate.widening(reach)), -(BLOCKS - 1) * float(gained.mean()))
+        lam, (k, k_high) = self.nearest(start)
+        (kl, reward), (log_z, first, second, rows) = self._line(), self._log_z(lam, k)
+        high = log_z if (k == k_high).all() else self._log_z(lam, k_high)[0]
+        g, above = kl - lam * reward + log_z, kl - lam * reward + high
+        slope, bend = (first - reward)[1:].mean(1), float(second[0].mean())
+        most = self._most_lambda
+        step = np.clip(-slope / max(bend, 1e-12), -lam, min(lam, most - lam) if lam > 0 else most)
+        gained = np.minimum(slope * step + 0.5 * bend * step**2, 0.0)  # of each block's mean, by its own lambda
+        fitted = -(BLOCKS - 1) * float(gained.mean())
+        reach_value, reach = self.reach(lam, log_z[0], k), self.reach(lam, high[0], k_high)
+        waste = _both(Jackknife(g[0], g[1:]), reach_value, Jackknife(above[0], above[1:]), reach, n)
+        waste = _moved(waste, fitted, fitted)  # the minimum of a noisy function is low by about `fitted`, give or take as much
         invert = lambda x: math.inf if x <= 0 else 1.0 / x  # noqa: E731
         half = estimate.t_quantile(BLOCKS - 1) * float(np.sqrt(Jackknife(np.array([lam]), lam + step[:, None]).variances[0]))
-        most = np.where(np.isfinite(self.reward_max), self.reward_max, self.bank.reward.max(1))
-        unseen = float((3.0 / (reach + 3.0) * (most - duals[0][1])).mean()) / bend  # what a region that nobody saw would take from lambda
+        tops = np.where(np.isfinite(self.reward_max), self.reward_max, self.rows.reward.max(1))
+        unseen = float((3.0 / (reach + 3.0) * (tops - first[0])).mean()) / max(
+            bend, 1e-12
+        )  # what a region nobody saw would take from lambda
         implied = Estimate(invert(lam), invert(lam + half), invert(lam - half - unseen), n=n)
-        doubt = self._few_below_the_top()
+        doubt, more = self._few_below_the_top(), 0.0
         if (
             doubt > 0
         ):  # nearly every draw earns the most there is: lambda is known from below, KL* between what less reward and all of it cost
-            reward, bank = float(lines[0][1].mean()), np.concatenate([self.bank.reward, self.rest], 1)
-            least = nearest_lambda(bank, reward - doubt, lam)
+            least, _ = self.nearest(lam, float(reward[0].mean()) - doubt)
+            bank = np.concatenate([self.bank.reward, self.rest], 1)
             full = float(np.mean(-np.log(np.maximum((bank >= bank.max(1, keepdims=True)).mean(1), 1e-300))))
-            more = max(0.0, full - (lam * reward - float(duals[0][0].mean())))
+            more = max(0.0, full - (lam * float(reward[0].mean()) - float(log_z[0].mean())))
             waste = replace(waste, low=(waste.low or 0.0) - more, high=(waste.high or 0.0) + lam * doubt, population=None)
             why = "nearly every draw earns the highest reward there is: any smaller beta fits as well"
-            implied = Estimate(invert(least), 0.0, invert(least), n=n, status="upper", reason=why)
+            implied = Estimate(invert(least), 0.0, invert(least - half - unseen), n=n, status="upper", reason=why)
         waste = self._guard(waste, reach, known)
         if implied.status != "upper":
             implied = replace(implied, status=waste.status, reason=waste.reason)
-        if waste.status == "uncertified":
-            implied = replace(implied, low=None, high=None)
-        found, kl = {"wasted_nats": waste, "beta_implied": implied}, kl_prior.regressed(self.own)
-        if (kl.mean(n=n).low or 0.0) <= 0:
+        seen = _carried((self.own.reward - self.own.reward.mean(1, keepdims=True)) ** 2)
+        if min(rows, seen) < FEW and doubt == 0:
+            implied = replace(implied, status="uncertified", reason="fewer than ten draws tell how the reward answers to beta")
+        if "uncertified" in (waste.status, implied.status):
+            implied = replace(implied, low=None, high=None, status="uncertified", reason=implied.reason or waste.reason)
+        found = {"wasted_nats": waste, "beta_implied": implied}
+        if (self.kl.mean(n=n).low or 0.0) <= 0:
             return found
-        left = 1 - (g[1:].mean(1) + gained) / kl.left.mean(1)
-        share, scale = Jackknife(np.array([1 - g[0].mean() / kl.full.mean()]), left[:, None]).mean(n=n), float(kl.full.mean())
-        share = replace(share, low=(share.low or 0.0) - float(np.mean(estimate.widening(reach))) / scale)
-        if doubt > 0:
-            share = replace(share, low=(share.low or 0.0) - lam * doubt / scale, high=(share.high or 0.0) + more / scale)
+        scale = float(self.kl.full.mean())
+        share = Jackknife(np.array([1 - g[0].mean() / scale]), (1 - (g[1:].mean(1) + gained) / self.kl.left.mean(1))[:, None]).mean(n=n)
+        down = float(np.mean(estimate.widening(reach))) + lam * doubt + fitted
+        share = replace(share, low=(share.low or 0.0) - down / scale, high=(share.high or 0.0) + (more + fitted) / scale)
         clip = lambda x: None if x is None else min(1.0, max(0.0, x))  # noqa: E731
         share = replace(share, value=clip(share.value), low=clip(share.low), high=clip(share.high), population=None)
         return {**found, "kl_efficiency": self._guard(share, reach, known)}
@@ -403,16 +492,43 @@ class Pool:
         97.5 % Poisson limit on their number, times the span; 0 where there are more, and the jackknife can see them."""
         reward, most = self.own.reward, np.maximum(self.own.reward.max(1), self.bank.reward.max(1))[:, None]
         below, span = int((reward < most).sum()), float((most[:, 0] - self.bank.reward.min(1)).max())
-        if below >= 10:
+        if below >= FEW:
             return 0.0
         return (float(chdtri(2 * below + 2, 0.025)) / 2 - below) * span / reward.size
 
 
-def _moved(figure: Estimate, by: float) -> Estimate:
-    """The same interval elsewhere."""
-    value, low, high = (None if x is None else x + by for x in (figure.value, figure.low, figure.high))
+def _both(value: Jackknife, reach_value: Array, high: Jackknife, reach: Array, n: int) -> Estimate:
+    """The mean with the value's k, inside the intervals of both k: each at 97.5 %, the upper ends stretched by their own reach.
+
+    One k is as good as the other in what it estimates; the value's has the least error, the other the least that could hide. Where the
+    value's reach is too short for its interval to be trusted at all, or both are the same, the second alone.
+    """
+    up, up_value = estimate.widening(reach), estimate.widening(np.maximum(reach_value, 1e-300))
+    if reach_value.min() < estimate.WIDE or value is high or (value.full == high.full).all():
+        return high.mean(n=n, widen=up)
+    a, b = value.mean(n=n, widen=up_value, level=0.975), high.mean(n=n, widen=up, level=0.975)
+    if a.status == "exact":
+        return a
+    assert a.low is not None and a.high is not None and b.low is not None and b.high is not None and a.value is not None
+    low, top = max(a.low, b.low), min(a.high, b.high)
+    if low > top:  # they exclude each other, as happens to 1 in 20: the one that certifies is believed
+        return high.mean(n=n, widen=up)
+    population = value.mean(n=n, widen=np.minimum(up, up_value)).population
+    return replace(a, value=min(max(a.value, low), top), low=low, high=top, population=population)
+
+
+def _carried(terms: Array) -> float:
+    """Effective number of rows that carry a sum of non-negative terms [P, n], over all prompts."""
+    square = (terms**2).sum(1)
+    return float(np.divide(terms.sum(1) ** 2, square, out=np.zeros(len(terms)), where=square > 0).sum())
+
+
+def _moved(figure: Estimate, by: float, more: float) -> Estimate:
+    """The same interval elsewhere, wider by `more` at both ends."""
+    value = None if figure.value is None else figure.value + by
+    low, high = (None if x is None else x + by + side * more for x, side in ((figure.low, -1), (figure.high, 1)))
     ends = figure.population
-    return replace(figure, value=value, low=low, high=high, population=None if ends is None else (ends[0] + by, ends[1] + by))
+    return replace(figure, value=value, low=low, high=high, population=None if ends is None else (ends[0] + by - more, ends[1] + by + more))
 
 
 def _xlog2(a: Array, b: Array) -> Array:
@@ -427,9 +543,11 @@ def _unseen(name: str, figure: Estimate, hidden: Array) -> Estimate:
     e = float(hidden.mean())
     low, high = figure.low or 0.0, figure.high or 0.0
     if name == "tv":
-        return replace(figure, low=max(0.0, low - e), high=min(1.0, high + e), population=None)
+        return replace(figure, value=min(figure.value or 0.0, 1.0), low=max(0.0, low - e), high=min(1.0, high + e), population=None)
     if name == "js":
-        return replace(figure, low=max(0.0, (1 - e) * low), high=min(math.log(2), (1 - e) * high + e * math.log(2)), population=None)
+        most = math.log(2)
+        ends = max(0.0, (1 - e) * low), min(most, (1 - e) * high + e * most)
+        return replace(figure, value=min(max(figure.value or 0.0, 0.0), most), low=ends[0], high=ends[1], population=None)
     entropy = float(np.mean(entr(hidden) + entr(1 - hidden)))
     return replace(figure, low=max(0.0, (1 - e) * low - entropy), high=high + e + entropy, population=None)
 

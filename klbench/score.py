@@ -28,7 +28,7 @@ from klbench import task as tasks
 from klbench.bank import Bank
 from klbench.errors import unknown
 from klbench.estimate import BLOCKS, Array, Estimate, Jackknife
-from klbench.estimators import diversity, entropy, forgetting, kl_prior
+from klbench.estimators import diversity, entropy, forgetting
 from klbench.estimators.control import bounded_mean, with_few
 from klbench.method import AbstractSampler, ClosedForm, RewardLaw
 from klbench.policies.causal_lm import CausalLM
@@ -157,12 +157,13 @@ def figures(
     else:
         own, on_bank = sheet.rows(name, name), sheet.rows(name, "")
         controls, size = (own.A, own.B), own.log_q.size
-        columns, per_prompt, _ = sheet.pool(name, members).columns(1.0 / sheet.target.beta, interval)
-        kl = kl_prior.regressed(own)
-        columns["kl_prior"] = with_few(kl.mean(n=size), own.kl, _span(own.kl, on_bank.kl))
-        columns["entropy"] = with_few(entropy.regressed(own).mean(n=size), own.entropy, _span(own.entropy, on_bank.entropy))
-        columns["forgetting"] = forgetting.k1(on_bank).mean(n=on_bank.log_q.size)
-        per_prompt["kl_prior"] = kl.estimates
+        joint = sheet.pool(name, members)
+        columns, per_prompt, _ = joint.columns(1.0 / sheet.target.beta, interval)
+        columns["kl_prior"] = with_few(joint.kl.mean(n=size), own.kl, _span(own.kl, on_bank.kl))
+        surprise = joint.own_draws(entropy.regressed).mean(n=size)
+        columns["entropy"] = with_few(surprise, own.entropy, _span(own.entropy, on_bank.entropy))
+        columns["forgetting"] = joint.own_draws(forgetting.k1, on_bank=True).mean(n=on_bank.log_q.size)
+        per_prompt["kl_prior"] = joint.kl.estimates
     if isinstance(law.policy, AbstractSampler) and law.policy.draws_target:
         exact = estimate.exactly(0.0, size, "exact by construction: this sampler draws the posterior")
         columns |= dict.fromkeys(("reverse_kl", "forward_kl", "tv", "js", "chi2", "wasted_nats"), exact)

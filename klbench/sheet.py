@@ -24,10 +24,10 @@ from klbench.bank import Bank
 from klbench.errors import UserError
 from klbench.estimate import Array
 from klbench.method import AbstractSampler, RewardLaw
+from klbench.models import Opened
 from klbench.policies.causal_lm import CausalLM, token_laws
 from klbench.pool import Pool, Stratum
 from klbench.rows import Rows
-from klbench.models import Opened
 from klbench.target import Draws, Policy, TiltedPrior, WithoutDensity
 
 PRIOR_CHUNK: Final = 256  # prior draws a prompt that a sampler is fed at a time

@@ -39,7 +39,8 @@ def khat(weights: Array) -> float:
     b = b / (3 * tail[int(size / 4 + 0.5) - 1]) + 1 / tail[-1]
     k = np.log1p(-b[:, None] * tail).mean(1)
     score = size * (np.log(-(b / k)) - k - 1)
-    share = 1 / np.exp(score - score[:, None]).sum(1)
+    share = np.exp(score - score.max())
+    share /= share.sum()
     best = float((b * share).sum())
     shape = float(np.log1p(-best * tail).mean())
     return (size * shape + 5.0) / (size + 10.0)  # weak prior towards 0.5, as Vehtari et al. 2024 use

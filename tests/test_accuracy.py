@@ -52,9 +52,8 @@ def on_chain(ends: bool) -> World:
     return made(chain(containing(3, WORD), 4, 2, ends), reward)
 
 
-WORLDS = {
-    f"{name}, {'ends' if ends else 'full'}": (make, ends) for name, make in (("tree", on_tree), ("chain", on_chain)) for ends in (0, 1)
-}
+MAKERS = (("tree", on_tree), ("chain", on_chain))
+WORLDS = {f"{name}, {'ends' if ends else 'full'}": (make, ends) for name, make in MAKERS for ends in (False, True)}
 
 
 def sequences(world: World) -> Iterator[tuple[int, tuple[int, ...], list[tuple[int, int, int]], int]]:

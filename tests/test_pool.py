@@ -182,12 +182,12 @@ def test_reach_by_hand() -> None:
 
 
 def test_k_is_zero_without_a_rest_and_one_where_the_rest_alone_reaches() -> None:
-    assert made().choose_k(1 / BETA).tolist() == [0.0, 0.0]
+    assert made().choose_k(1 / BETA)[1].tolist() == [0.0, 0.0]
     rest = np.take_along_axis(REWARD, written_out(P0 * 400), 1)
     far = made(rest=rest, top=np.array([4.0, 4.0]))  # reach of the scored rows below 0.1, of the rest above 10
-    assert far.choose_k(1 / BETA).tolist() == [1.0, 1.0]
+    assert far.choose_k(1 / BETA)[1].tolist() == [1.0, 1.0]
     short = made(times=40, rest=np.take_along_axis(REWARD, written_out(P0), 1), top=TOP)
-    assert (short.choose_k(1 / BETA) < 0.2).all()
+    assert (short.choose_k(1 / BETA)[1] < 0.2).all()
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -199,11 +199,11 @@ def test_k_is_where_error_and_widening_add_to_the_least(seed: int, inverse: floa
     own, bank = (rows(policy, p0, REWARD, draw(rng, table, n)) for table, n in ((policy, 64), (p0, 1024)))
     rest = np.take_along_axis(REWARD, draw(rng, p0, 1024), 1)
     some = Pool(own, bank, rest, np.array([1.0, 1.1]))
-    fit, tilted = some.fit(inverse, 0.0), some._tilted(inverse)
-    found, left = some._regress(np.stack([tilted.w, tilted.y], 2), some._weights(None), guard=True)
-    z, n0, top = found[:, 0], bank.log_q.shape[1], tilted.top
+    targets, _, top = some._weigh(inverse)
+    fit, (found, b) = some.fit(inverse, 0.0), some._regress(targets, guard=True)
+    left, z, n0 = targets - some._X @ b[0], found[0, :, 0], bank.log_q.shape[1]
     u, f = left[:, :, 0] / z[:, None], left[:, :, 1]
-    chosen = some.choose_k(inverse)
+    chosen = some.choose_k(inverse)[1]
     assert (0 < chosen).any() and (chosen < 1).all()
     for p in range(2):
         best = (math.inf, -1.0)

@@ -30,7 +30,7 @@ SCHEMA: Final = 1
 POLICIES: Final = {
     "near": "0.03 nat from the target",
     "mid": "1 nat from it",
-    "far": "collapsed, 1.5 nats from it (3 on chains)",
+    "far": "collapsed, 1.5 nats from it",
     "under": "barely trained: the posterior of 0.15 of the reward, with noise",
 }
 MEANINGS: Final = {

@@ -11,11 +11,13 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Final
 
 import numpy as np
 
 from klbench.estimate import Array, Estimate, Jackknife, undefined
+from klbench.estimators.control import with_few
 
 SET: Final = 16
 
@@ -46,7 +48,10 @@ def _ratio(top: Array, bottom: Array, n: int) -> Estimate:
     if sets < 2:
         return Estimate(float(full.mean()), n=n, status="uncertified", reason="one set a prompt has no error")
     left = np.stack([ratio(np.delete(top, s, 1), np.delete(bottom, s, 1)) for s in range(sets)])
-    return Jackknife(full, left).mean(n=n)
+    share = np.divide(top, bottom, out=np.zeros(top.shape), where=bottom > 0)
+    figure = with_few(Jackknife(full, left).mean(n=n), share, 2.0 / SET)  # a draw of another kind moves a set's share by 1/16 or so
+    value, low, high = (None if x is None else min(1.0, max(0.0, x)) for x in (figure.value, figure.low, figure.high))
+    return replace(figure, value=value, low=low, high=high)
 
 
 def distinct(draws: Sequence[Tokens], n: int) -> Estimate:
