@@ -580,7 +580,7 @@ def _minimum(tilted: Callable[[float], tuple[float, float]], reward: float, most
         low, high = (lam, high) if mean < reward else (low, lam)
         step = lam - (mean - reward) / variance if variance > 0 else math.nan
         new = step if low < step < high else (low + high) / 2
-        if abs(new - lam) <= 1e-9 * max(1.0, lam):
+        if abs(new - lam) <= 1e-9 * max(1.0, lam) or high - low <= 1e-6 * high:  # what is minimised is flat there to 1e-12
             return new
         lam = new
     return lam

@@ -295,7 +295,8 @@ def owned(out: Path) -> Iterator[None]:
 
 
 def _pooled(
-    records: Sequence[Record], most: int, out: Path, include: tuple[Path, ...], device: str, executor: Executor, count: int, on_event: Report
+    records: Sequence[Record], most: int, out: Path, include: tuple[Path, ...], device: str, executor: Executor, count: int,
+    on_event: Report,
 ) -> list[Failure]:  # fmt: skip
     """The pools that are missing: one a table with two or more policies, made by the executor like any cell."""
     from klbench import pooled

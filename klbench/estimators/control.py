@@ -85,12 +85,12 @@ def with_few(figure: Estimate, y: Array, span: float) -> Estimate:
     """3 span / (N P) to both sides of a mean of y [P, N] that fewer than 10 draws (a quarter of few) in all set apart from a constant.
 
     Such draws come by ones and twos, and what came by none leaves no spread for a jackknife to see; at 95 % it has mass below 3 / (N P).
-    The draws are counted as (sum d^2)^2 / sum d^4 of what is off the mean of its prompt, beyond rounding.
+    The draws are counted as (sum d^2)^2 / sum d^4 of what is off the mean of its prompt, beyond single precision.
     """
     if figure.low is None or figure.high is None or not np.isfinite(y).all():
         return figure
     d = y - y.mean(1, keepdims=True)
-    d = np.where(np.abs(d) > 1e-9 * max(span, float(np.abs(y).max())), d / (float(np.abs(d).max()) or 1.0), 0.0)
+    d = np.where(np.abs(d) > 1e-6 * max(span, float(np.abs(y).max())), d / (float(np.abs(d).max()) or 1.0), 0.0)
     square, fourth = (d**2).sum(1), (d**4).sum(1)
     carried = float(np.divide(square**2, fourth, out=np.zeros(len(y)), where=fourth > 0).sum())
     pad = 3.0 * span / y.size if carried < min(FEW, y.size / 4) else 0.0

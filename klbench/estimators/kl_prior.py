@@ -61,11 +61,11 @@ def regressed(own: Rows) -> Jackknife:
     """
     kl, plain = _kl(own), own.log_q - own.log_p0
     sound = np.isfinite(kl).all(1) & np.isfinite(own.A - own.B).all(1)
-    kl_, plain_ = (np.where(sound[:, None], x, 0.0) for x in (kl, plain))
+    kl_, plain_ = (np.where(np.expand_dims(sound, 1), x, 0.0) for x in (kl, plain))
     d = (kl_ - kl_.mean(1, keepdims=True)) ** 2
     rows = np.divide(d.sum(1) ** 2, (d**2).sum(1), out=np.zeros(len(d)), where=d.any(1))
-    calmer = sound & (plain_.var(1) < CALMER * kl_.var(1)) & (rows >= control.FEW)
-    return control.regressed(np.where(calmer[:, None], plain, kl), own.A, own.B)
+    calmer = sound & np.asarray(plain_.var(1) < CALMER * kl_.var(1)) & (rows >= control.FEW)
+    return control.regressed(np.where(np.expand_dims(calmer, 1), plain, kl), own.A, own.B)
 
 
 def _kl(own: Rows) -> Array:
