@@ -225,7 +225,7 @@ def _narrow(
     """
     while True:
         widths, missed = {}, 0.0
-        for name in names:
+        for name in filter(sheet.measured, names):
             figure, reach = (x := sheet.pool(name, members).columns(1.0 / sheet.target.beta, interval))[0]["reverse_kl"], x[2]
             if figure.status == "exact":
                 continue

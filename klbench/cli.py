@@ -203,9 +203,11 @@ def accuracy(
     from klbench.accuracy.report import show
     from klbench.progress import Progress
 
+    asked = [*(target or ()), *(["--quick"] if quick else []), *(["--replications", str(replications)] if replications else [])]
+    command = " ".join(["klbench accuracy", *asked, *(["--seed", str(seed)] if seed else [])])  # what is published names no path of ours
     with Progress(Console(stderr=True)) as progress:
         table = measured.run(
-            replications, seed, target or None, quick=quick, workers=workers, out=out, docs=docs, command=_command_line(), on_event=progress
+            replications, seed, target or None, quick=quick, workers=workers, out=out, docs=docs, command=command, on_event=progress
         )
     show(table, _console())
     if any(criterion.holds is False for criterion in table.criteria):

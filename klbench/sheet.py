@@ -159,6 +159,11 @@ class Sheet:
         block = np.concatenate([estimate.blocks_of(self.laws[""].size), estimate.blocks_of(self.rest.shape[1])])
         return made(None, [made(block != b) for b in range(estimate.BLOCKS)])
 
+    def measured(self, name: str) -> bool:
+        """Whether a policy's distance to the posterior is an estimate: it has a density and does not draw the posterior itself."""
+        policy = self.laws[name].policy
+        return not self.why_none(name) and not (isinstance(policy, AbstractSampler) and policy.draws_target)
+
     def members(self, names: Sequence[str], pilot: int, seed: int, most: int = MEMBERS) -> list[str]:
         """The policies of a pool: all that know their density, or the `most` nearest to the posterior by KL(q||p0) - E_q r/beta on a pilot.
 
@@ -220,7 +225,7 @@ def picked(
         tokens, masks, logs, rewards = [], [], [], []
         chunk = 0
         while True:
-            more = PRIOR_CHUNK * max(1, int(need * 1.15 / PRIOR_CHUNK)) if not chunk else PRIOR_CHUNK
+            more = PRIOR_CHUNK * max(1, int(min(need * 1.15, MOST_PRIOR_DRAWS) / PRIOR_CHUNK)) if not chunk else PRIOR_CHUNK
             fresh = prior.sample([prompt], more, length, streams.seed(seed, f"{prompt}/{chunk}"))
             chunk += 1
             tokens.append(fresh.tokens[0])

@@ -528,18 +528,29 @@ def table() -> Table:
     return Table(tuple(rows), 2, 0, {TINY.name: 1.5}, "klbench accuracy --quick")
 
 
-def test_json_and_csv_hold_every_row_and_no_nan(table: Table) -> None:
+def test_json_and_csv_hold_every_row_and_no_nan(table: Table, tmp_path: Path) -> None:
     def refuse(word: str) -> float:
         raise AssertionError(f"{word} in JSON")
 
-    found = json.loads(table.to_json(), parse_constant=refuse)
+    table.write(tmp_path)
+    found = json.loads((tmp_path / "accuracy.json").read_text(), parse_constant=refuse)
     lines = list(csv.DictReader(io.StringIO(table.to_csv())))
     assert len(found["rows"]) == len(lines) == len(table.rows)
-    first = next(i for i, x in enumerate(found["rows"]) if x["estimator"] == "klbench" and x["column"] == "reverse_kl")
-    assert float(lines[first]["rmse"]) == found["rows"][first]["rmse"] and lines[first]["setting"] == TINY.name
     assert "nan" not in table.to_csv() and found["command"] == "klbench accuracy --quick"
+    first = next(i for i, x in enumerate(table.rows) if x.key.estimator == "klbench" and x.key.column == "reverse_kl")
+    assert float(lines[first]["rmse"]) == table.rows[first].rmse and lines[first]["setting"] == TINY.name
+    assert sum(int(lines[first][status]) for status in STATUSES) == table.replications
     assert {c["name"] for c in found["criteria"]} == {c.name for c in table.criteria}
-    assert found["reach"] == {TINY.name: 1.5}
+    again = Table.read(tmp_path)
+    assert again == table and again.to_json() == table.to_json() and report.page(again) == report.page(table)
+
+
+def test_a_file_that_is_no_table_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="accuracy.json: not an accuracy table"):
+        Table.read(tmp_path)
+    (tmp_path / "accuracy.json").write_text('{"schema": 0, "fields": []}')
+    with pytest.raises(UserError, match="schema 0, expected 1"):
+        Table.read(tmp_path)
 
 
 def test_the_page_stands_alone(table: Table) -> None:
@@ -619,7 +630,7 @@ def test_a_target_that_is_none_gets_the_nearest_name() -> None:
 def test_settings_are_named_apart_and_large_enough() -> None:
     names = [setting.name for setting in cells.SETTINGS]
     assert len(set(names)) == len(names)
-    assert {setting.target for setting in cells.SETTINGS} == set(worlds.TABLES) | set(worlds.CHAINS)
+    assert {setting.target for setting in cells.SETTINGS} == set(worlds.NINE) | set(worlds.OWN) | set(worlds.CHAINS)
     for setting in (*cells.SETTINGS, *cells.QUICK):
         assert set(setting.alone) >= {"near", "far"} and min(setting.draws, setting.bank) >= 16
 
@@ -629,3 +640,21 @@ def test_a_pool_that_is_alone_is_the_standalone_figure() -> None:
     found = rivals.klbench(sample)["reverse_kl"]
     want = Pool(sample.own, sample.bank, sample.rest, sample.reward_max).columns(1 / BETA)[0]["reverse_kl"]
     assert found == want and isinstance(found, Estimate) and isinstance(sample.own, Rows)
+
+
+# --- what is published ---
+
+PUBLISHED = Path(__file__).parents[1] / "leaderboards" / "accuracy"
+
+
+def test_the_published_files_are_what_their_rows_make() -> None:
+    table = Table.read(PUBLISHED)
+    assert table.replications >= 300 and not set(table.settings) ^ {s.name for s in accuracy.settings_of(None, quick=False)}
+    assert (PUBLISHED / "accuracy.json").read_text() == table.to_json()
+    assert (PUBLISHED / "accuracy.csv").read_text() == table.to_csv()
+    assert (PUBLISHED / "index.html").read_text() == report.page(table)
+    assert (PUBLISHED.parents[1] / "docs" / "accuracy.md").read_text() == report.markdown(table)
+
+
+def test_the_published_table_reaches_what_it_must() -> None:
+    assert [(c.name, c.measured) for c in Table.read(PUBLISHED).criteria if c.holds is not True] == []

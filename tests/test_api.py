@@ -180,6 +180,16 @@ def test_draws_until_the_interval_is_narrow_or_the_budget_ends(precision: float,
     assert found.n > first.n and found.high - found.low < first.high - first.low
 
 
+def test_a_search_for_precision_draws_no_more_of_what_is_exact_or_mute() -> None:
+    result = of({"q": model("gpt2", 2), "exact": "rejection", "mute": Speaker()}, samples=64, precision=0.3, budget=1024)
+    assert result["exact"].reward.n == result["mute"].reward.n == 2 * 64 and "reached" in result.stopped
+
+
+def test_a_sampler_that_would_need_a_million_prior_draws_is_refused_before_they_are_drawn() -> None:
+    with pytest.raises(UserError, match="rejection accepted"):
+        of({"exact": "rejection"}, beta=0.02, reward_max=1.2, samples=64)
+
+
 def test_draws_of_a_longer_score_begin_with_those_of_the_shorter() -> None:
     """Extended, never redrawn: the sheet of 64 draws is the beginning of that of 128."""
     from klbench.bank import Reservoir

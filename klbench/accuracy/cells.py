@@ -54,8 +54,8 @@ class Setting:
 POOLED: Final[dict[tuple[str, ...], tuple[str, ...]]] = {FAR_BOARD: FAR_BOARD[1:], COLLAPSED: COLLAPSED[:1]}
 FOUR: Final = ("near", "mid", "far", "under")
 SETTINGS: Final = (
-    *(Setting(name, (NEAR_BOARD, FAR_BOARD, COLLAPSED), FOUR) for name in worlds.TABLES),
-    *(Setting(name, (NEAR_BOARD, FAR_BOARD), FOUR) for name in worlds.CHAINS),
+    *(Setting(name, (NEAR_BOARD, FAR_BOARD, COLLAPSED), FOUR) for name in worlds.NINE),
+    *(Setting(name, (NEAR_BOARD, FAR_BOARD), FOUR) for name in (*worlds.OWN, *worlds.CHAINS)),
     *(Setting(name, draws=64, bank=64) for name in ("dense 0.3", "common", "penalty", "lengths", "count 32")),
     *(Setting(name, draws=128, bank=1000) for name in ("dense 0.1", "uneven", "ends 32")),
     *(Setting(name, draws=128, bank=128, rest=3968) for name in ("dense 0.3", "scarce 0.1", "common", "uneven", "word 32")),
@@ -64,7 +64,7 @@ SETTINGS: Final = (
 )
 QUICK: Final = (
     *(Setting(name, (NEAR_BOARD, FAR_BOARD), FOUR) for name in ("dense 0.1", "rare")),
-    *(Setting(name) for name in ("dense 0.3", "lengths", "word 32", "avoid 32")),
+    *(Setting(name) for name in ("dense 0.3", "lengths", "count 32", "avoid 32")),
     Setting("common", draws=64, bank=64),
     Setting("dense 0.3", draws=128, bank=128, rest=1920),
 )
@@ -131,7 +131,7 @@ def reach(setting: Setting, seed: int) -> float | None:
     """The true A of the whole bank, at the prompt where it is least; None for the adversaries, who have one each."""
     if setting.target == ADVERSARIES:
         return None
-    return float(_opened(setting.target, setting.policies, seed)[0].reach(setting.bank + setting.rest).min())
+    return significant(float(_opened(setting.target, setting.policies, seed)[0].reach(setting.bank + setting.rest).min()))
 
 
 def replications(setting: Setting, seed: int, first: int, count: int, estimators: Mapping[str, Estimator] = ESTIMATORS) -> Figures:
@@ -228,6 +228,11 @@ class Row:
         return self.by_status[status].figures / self.replications if status in self.by_status else 0.0
 
 
+def significant(x: float) -> float:
+    """Eight digits: what files keep, so that a table read from one is the table that wrote it."""
+    return float(f"{x:.8g}")
+
+
 ROUNDING: Final = 1e-9  # an exact figure may miss the truth by this much of it
 
 
@@ -245,9 +250,11 @@ def row_of(key: Key, figures: Array) -> Row:
         if mine.any():
             tallies[name] = Tally(*(int((mine & x).sum()) for x in (np.ones_like(mine), ends, below, above)))
     both = np.isfinite(low) & np.isfinite(high)
-    known = truth[~np.isnan(truth)]
-    return Row(
-        key, float(known.mean()) if len(known) else math.nan, len(figures), int(there.sum()),
-        float(error.mean()) if len(error) else None, float(np.sqrt((error**2).mean())) if len(error) else None,
-        float((high[both] - low[both]).mean()) if both.any() else None, tallies,
-    )  # fmt: skip
+
+    def mean(x: Array) -> float | None:
+        return significant(float(x.mean())) if len(x) else None
+
+    rmse = significant(math.sqrt(float((error**2).mean()))) if len(error) else None
+    known = mean(truth[~np.isnan(truth)])
+    assert known is not None, f"{key}: no replication knows the truth"
+    return Row(key, known, len(figures), int(there.sum()), mean(error), rmse, mean(high[both] - low[both]), tallies)

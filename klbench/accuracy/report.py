@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, Final, final
 import numpy as np
 
 from klbench.accuracy import worlds
-from klbench.accuracy.cells import ADVERSARIES, Row
+from klbench.accuracy.cells import ADVERSARIES, Key, Row, Tally
 from klbench.accuracy.criteria import Criterion, criteria
+from klbench.errors import UserError
 from klbench.estimate import STATUSES
 from klbench.record import write_atomically
 
@@ -121,7 +122,7 @@ class Table:
     # --- files ---
 
     def to_json(self) -> str:
-        """Everything, with six digits; the same bytes for the same seed."""
+        """Everything; the same bytes for the same seed. A row is a list of what `fields` names, and stands on one line."""
         document = {
             "schema": SCHEMA,
             "command": self.command,
@@ -129,12 +130,26 @@ class Table:
             "replications": self.replications,
             "criteria": [{**asdict(c), "verdict": c.verdict} for c in self.criteria],
             "targets": {name: worlds.WORLDS[name].says for name in worlds.WORLDS if any(s.startswith(f"{name} ") for s in self.settings)},
-            "reach": {name: _digits(a) for name, a in self.reach.items()},
+            "reach": self.reach,
             "estimators": MEANINGS,
+            "fields": FIELDS,
         }
         head = json.dumps(document, indent=1, ensure_ascii=False)[:-2]
-        rows = ",\n".join("  " + json.dumps(_flat(row), ensure_ascii=False) for row in self.rows)  # a row a line: diffs can be read
+        rows = ",\n".join("  " + json.dumps(_written(row), ensure_ascii=False, allow_nan=False) for row in self.rows)
         return f'{head},\n "rows": [\n{rows}\n ]\n}}\n'
+
+    @classmethod
+    def read(cls, folder: Path) -> Table:
+        """The table that `write` wrote. Raises UserError for a file that is none."""
+        path = folder / "accuracy.json"
+        try:
+            given = json.loads(path.read_text(encoding="utf-8"))
+            if (given["schema"], given["fields"]) != (SCHEMA, list(FIELDS)):
+                raise ValueError(f"schema {given['schema']}, expected {SCHEMA}")
+            rows = tuple(_read(line) for line in given["rows"])
+            return cls(rows, given["replications"], given["seed"], given["reach"], given["command"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: not an accuracy table ({error})") from None
 
     def to_csv(self) -> str:
         """The rows, a line each."""
@@ -151,25 +166,30 @@ class Table:
             write_atomically(folder / name, text.encode())
 
 
-def _digits(x: float | None) -> float | str | None:
-    if x is None or math.isfinite(x):
-        return None if x is None else float(f"{x:.6g}")
-    return "inf" if x > 0 else "-inf"
+FIELDS: Final = (*Key._fields, "truth", "replications", "defined", "bias", "rmse", "width", "by_status")  # of a row in JSON
+
+
+def _written(row: Row) -> list[Any]:
+    tallies = {status: [t.figures, t.intervals, t.below, t.above] for status, t in row.by_status.items()}
+    return [*row.key, row.truth, row.replications, row.defined, row.bias, row.rmse, row.width, tallies]
+
+
+def _read(line: list[Any]) -> Row:
+    size = len(Key._fields)
+    truth, replications, defined, bias, rmse, width, tallies = line[size:]
+    by_status = {status: Tally(*counts) for status, counts in tallies.items()}
+    return Row(Key(*line[:size]), truth, replications, defined, bias, rmse, width, by_status)
 
 
 def _flat(row: Row) -> dict[str, Any]:
-    key = row.key
-    out: dict[str, Any] = {
-        "setting": key.setting, "policy": key.policy, "board": key.lineup, "estimator": key.estimator, "column": key.column,
-        "truth": _digits(row.truth), "replications": row.replications, "defined": row.defined, "bias": _digits(row.bias),
-        "rmse": _digits(row.rmse), "width": _digits(row.width), "intervals": row.intervals, "misses": row.misses,
-        "coverage": _digits(row.coverage),
-    }  # fmt: skip
+    """For CSV: counts of each status in columns of their own."""
+    out = dict(zip(FIELDS[:-1], _written(row)[:-1], strict=True))
+    out |= {"intervals": row.intervals, "misses": row.misses, "coverage": None if row.coverage is None else round(row.coverage, 6)}
     for status in STATUSES:
-        tally = row.by_status.get(status)
-        out[status] = tally.figures if tally else 0
+        tally = row.by_status.get(status, Tally(0, 0, 0, 0))
+        out[status] = tally.figures
         if status in ("certified", "wide"):
-            out[f"{status}_misses"] = tally.misses if tally else 0
+            out[f"{status}_misses"] = tally.misses
     return out
 
 

@@ -532,8 +532,7 @@ class Target(NamedTuple):
     make: Callable[[str, np.random.Generator], World]
 
 
-TABLES: Final = {  # V tokens, T positions: every output is summed over
-    # the nine of ESTIMATORS.md section 2
+NINE: Final = {  # the kinds of ESTIMATORS.md section 2: V tokens, T positions, every output is summed over
     "dense 0.3": Target("a score of positions and neighbours, V 8, T 5, β 0.3", lambda name, rng: _dense(name, rng, 0.3)),
     "dense 0.1": Target("the same at β 0.1", lambda name, rng: _dense(name, rng, 0.1)),
     "scarce 0.1": Target(
@@ -545,7 +544,8 @@ TABLES: Final = {  # V tokens, T positions: every output is summed over
     "hidden": Target("1 on 3e-4 of the prior's mass, elsewhere half a dense score, β 0.1", lambda name, rng: _hidden(name, rng, 0.1, 3e-4)),
     "common": Target("1 on 0.3 of the prior's mass, else 0, β 0.3", lambda name, rng: _binary(name, rng, 0.3, 0.3)),
     "V50": Target("dense with V 50, T 3, β 0.1", lambda name, rng: _dense(name, rng, 0.1, 50, 3)),
-    # our own
+}
+OWN: Final = {  # likewise
     "rarer": Target("1 on 1e-4 of the prior's mass, else 0, β 0.1", lambda name, rng: _binary(name, rng, 0.1, 1e-4)),
     "lengths": Target("an end token, outputs of 1 to 6 tokens, a bonus for 3, V 6, β 0.15", lambda name, rng: _lengths(name, rng, 0.15)),
     "penalty": Target("-1 on all but 0.05 of the prior's mass, else 0, β 0.1", lambda name, rng: _penalty(name, rng, 0.1)),
@@ -561,7 +561,7 @@ CHAINS: Final = {  # a random bigram prior over 10 tokens, 32 or 64 of them: sum
     "count 64": Target("share of 12 tokens of two kinds that came, 64 tokens, β 0.15", lambda name, rng: _count(name, rng, 0.15, 64)),
     "word 64": Target("1 where a word of 3 tokens came, 64 tokens, β 0.1", lambda name, rng: _word(name, rng, 0.1, 64, (4, 5, 6))),
 }
-WORLDS: Final = TABLES | CHAINS
+WORLDS: Final = NINE | OWN | CHAINS
 
 
 def world(name: str, seed: int = 0) -> World:
