@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, Final, final
 
 import numpy as np
 
@@ -14,10 +14,11 @@ from klbench import estimate, method, models, streams
 from klbench import task as tasks
 from klbench.bank import Reservoir
 from klbench.errors import UserError, unknown
-from klbench.estimate import BLOCKS, Array, Estimate, Jackknife, finite_or_word
+from klbench.estimate import BLOCKS, Array, Estimate, Jackknife, finite_or_word, signed
 from klbench.estimators import betting
 from klbench.estimators import named as named_estimators
 from klbench.measure import Measure
+from klbench.method import AbstractSampler
 from klbench.policies.causal_lm import CausalLM
 from klbench.pool import INTERVALS
 from klbench.ranks import certain_bracket, paired_difference, rank_ranges
@@ -31,6 +32,7 @@ from klbench.weights import log_mean_exp
 if TYPE_CHECKING:
     import pandas
 
+LAW_DRAWS: Final = 2048  # prior draws a prompt, at least, that tell a sampler's density; their rewards alone are needed
 Model = Any  # a path, a hub name, a transformers model, or a klbench Policy
 
 
@@ -92,8 +94,12 @@ class ScoreResult(Mapping[str, PolicyScore]):
     def difference(self, a: str, b: str) -> Estimate:
         """reverse_kl of `a` minus that of `b`, nats: log Z cancels, so its status is certified whatever theirs are.
 
-        low, high: these prompts, the two errors added (in a pool they share draws); population: t over the paired differences.
+        low, high: these prompts, the two errors added (in a pool they share draws); population: t over the paired differences. Of what
+        draws the posterior by construction the distance is 0, and the difference is the other's own figure.
         """
+        for one, other, sign in ((a, b, -1.0), (b, a, 1.0)):
+            if self[one].status == "exact" and self[one].columns["reverse_kl"].value == 0.0:
+                return signed(self[other].columns["reverse_kl"], sign)
         return paired_difference(*(self[name].prompts[key] for name in (a, b) for key in ("free", "free_stderr")))
 
     def to_frame(self) -> pandas.DataFrame:
@@ -195,7 +201,9 @@ def score(
     p0, loaded = models.with_common_stops(p0, loaded)
     target = given.target(p0, beta)
     reservoir = Reservoir(given, p0, target, length, seed, None if bank is None else Path(bank))
-    sheet = Sheet(p0, target, texts, reservoir.upto(samples), samples, length)
+    sampled = any(isinstance(policy, AbstractSampler) for policy in loaded.values())
+    bank_draws = max(samples, LAW_DRAWS) if sampled else samples  # a sampler's density is a function of the reward's law in the bank
+    sheet = Sheet(p0, target, texts, reservoir.upto(bank_draws), samples, length)
     for name, policy in loaded.items():
         report(f"drawing from {name}")
         sheet.add(name, policy, samples, streams.seed(seed, f"score/policy/{name}"))

@@ -95,6 +95,20 @@ def undefined(reason: str, status: str = "uncertified", n: int = 0) -> Estimate:
     return Estimate(None, n=n, status=status, reason=reason)
 
 
+def signed(figure: Estimate, sign: float) -> Estimate:
+    """The figure, or with sign -1 its negative, ends changed places."""
+    if sign > 0 or figure.value is None:
+        return figure
+    ends = figure.population
+    return replace(
+        figure,
+        value=-figure.value,
+        low=None if figure.high is None else -figure.high,
+        high=None if figure.low is None else -figure.low,
+        population=None if ends is None else (-ends[1], -ends[0]),
+    )
+
+
 def t_quantile(dof: float, level: float = 0.95) -> float:
     """Two-sided quantile of Student's t."""
     return float(stdtrit(dof, 0.5 + level / 2))

@@ -411,11 +411,13 @@ class Pool:
             "reverse_kl": jack(found.free + found.log_z).estimates,
             "reach": reach,
         }
-        per_prompt["free_stderr"] = np.sqrt(free.variances)
+        shown = self._ratio[:, self._stratum == 1] - inverse_beta * self.own.reward
+        unseen = 3.0 * (shown.max(1) - shown.min(1)) / self.draws / estimate.t_quantile(BLOCKS - 1)  # rule of three, as a standard error
+        per_prompt["free_stderr"] = np.maximum(np.sqrt(free.variances), unseen)
         if self.infinite:
             nowhere_at = np.isneginf(self.own.log_p0).any(1) | np.isposinf(self.own.kl).any(1)
             per_prompt |= {name: np.where(nowhere_at, math.inf, per_prompt[name]) for name in ("free", "reverse_kl")}
-        return out, per_prompt, reach
+        return {name: _tidy(figure) for name, figure in out.items()}, per_prompt, reach
 
     def _squares(self, inverse_beta: float, log_z: Array) -> Array:
         """[P, n] u^2 / s of the rows, the terms of 1 + chi2: what few of them carry, the others have not seen."""
@@ -515,6 +517,12 @@ def _both(value: Jackknife, reach_value: Array, high: Jackknife, reach: Array, n
         return high.mean(n=n, widen=up)
     population = value.mean(n=n, widen=np.minimum(up, up_value)).population
     return replace(a, value=min(max(a.value, low), top), low=low, high=top, population=population)
+
+
+def _tidy(figure: Estimate) -> Estimate:
+    """Without the -7e-17 that a distance of nothing comes to."""
+    value, low = (0.0 if x is not None and abs(x) < 1e-12 else x for x in (figure.value, figure.low))
+    return replace(figure, value=value, low=low)
 
 
 def _carried(terms: Array) -> float:

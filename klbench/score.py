@@ -163,12 +163,18 @@ def figures(
         surprise = joint.own_draws(entropy.regressed).mean(n=size)
         columns["entropy"] = with_few(surprise, own.entropy, _span(own.entropy, on_bank.entropy))
         columns["forgetting"] = joint.own_draws(forgetting.k1, on_bank=True).mean(n=on_bank.log_q.size)
+        if isinstance(law.policy, AbstractSampler) and law.policy.draws_target:  # its density holds log Z, and what log Z may lack
+            up = float(np.mean(estimate.widening(np.maximum(per_prompt["reach"], 1e-300))))
+            for column, low, high in (("kl_prior", up, 0.0), ("entropy", 0.0, up), ("forgetting", 0.0, up)):
+                figure = columns[column]
+                columns[column] = replace(figure, low=(figure.low or 0.0) - low, high=(figure.high or 0.0) + high, population=None)
         per_prompt["kl_prior"] = joint.kl.estimates
     if isinstance(law.policy, AbstractSampler) and law.policy.draws_target:
         exact = estimate.exactly(0.0, size, "exact by construction: this sampler draws the posterior")
         columns |= dict.fromkeys(("reverse_kl", "forward_kl", "tv", "js", "chi2", "wasted_nats"), exact)
     mean = lambda values, span: bounded_mean(values, *controls, span=span)  # noqa: E731
-    columns["reward"] = mean(law.reward, float(bank.reward.max() - bank.reward.min()))
+    most = float(np.where(np.isfinite(sheet.tops), sheet.tops, bank.reward.max(1)).max())  # what may be earned, drawn or not
+    columns["reward"] = mean(law.reward, max(most, float(law.reward.max())) - float(min(bank.reward.min(), law.reward.min())))
     per_prompt["reward"] = law.reward.mean(1)
     if np.isfinite(sheet.tops).all():
         per_prompt["reward_max"] = sheet.tops

@@ -38,7 +38,8 @@ def khat(weights: Array) -> float:
     b = 1 - np.sqrt(grid / (np.arange(1, grid + 1) - 0.5))
     b = b / (3 * tail[int(size / 4 + 0.5) - 1]) + 1 / tail[-1]
     k = np.log1p(-b[:, None] * tail).mean(1)
-    score = size * (np.log(-(b / k)) - k - 1)
+    flat = np.abs(k) < 1e-300  # the limit of -b/k where b times the tail vanishes
+    score = size * (np.log(np.where(flat, 1 / tail.mean(), -b / np.where(flat, 1.0, k))) - k - 1)
     share = np.exp(score - score.max())
     share /= share.sum()
     best = float((b * share).sum())

@@ -20,6 +20,7 @@ from klbench.estimate import Array, Estimate, Jackknife, undefined
 from klbench.estimators.control import with_few
 
 SET: Final = 16
+LEAST: Final = 10  # n-grams of a prompt in all
 
 Tokens = Sequence[Sequence[int]]
 
@@ -49,9 +50,13 @@ def _ratio(top: Array, bottom: Array, n: int) -> Estimate:
         return Estimate(float(full.mean()), n=n, status="uncertified", reason="one set a prompt has no error")
     left = np.stack([ratio(np.delete(top, s, 1), np.delete(bottom, s, 1)) for s in range(sets)])
     share = np.divide(top, bottom, out=np.zeros(top.shape), where=bottom > 0)
-    figure = with_few(Jackknife(full, left).mean(n=n), share, 2.0 / SET)  # a draw of another kind moves a set's share by 1/16 or so
+    figure = with_few(Jackknife(full, left).mean(n=n), share, 1.0 / SET)  # a draw of another kind moves a set's share by a sixteenth
     value, low, high = (None if x is None else min(1.0, max(0.0, x)) for x in (figure.value, figure.low, figure.high))
-    return replace(figure, value=value, low=low, high=high)
+    figure = replace(figure, value=value, low=low, high=high)
+    if (bottom.sum(1) >= LEAST).all():
+        return figure
+    why = f"the draws of some prompt hold fewer than {LEAST} n-grams: how many of more would differ is not known"
+    return replace(figure, low=None, high=None, population=None, status="uncertified", reason=why)
 
 
 def distinct(draws: Sequence[Tokens], n: int) -> Estimate:
