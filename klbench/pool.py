@@ -37,6 +37,7 @@ from scipy.special import chdtri, entr, logsumexp
 from klbench import estimate, weights
 from klbench.estimate import BLOCKS, Array, Estimate, Jackknife
 from klbench.estimators import betting, chi2, kl_prior
+from klbench.estimators.control import with_few
 from klbench.rows import Rows
 
 RIDGE: Final = 1e-6
@@ -452,6 +453,8 @@ class Pool:
         reach_value, reach = self.reach(lam, log_z[0], k), self.reach(lam, high[0], k_high)
         waste = _both(Jackknife(g[0], g[1:]), reach_value, Jackknife(above[0], above[1:]), reach, n)
         waste = _moved(waste, fitted, fitted)  # the minimum of a noisy function is low by about `fitted`, give or take as much
+        seen_kl = self.rows.kl[np.isfinite(self.rows.kl)]
+        waste = with_few(waste, self.own.reward, float(np.ptp(seen_kl)) if seen_kl.size else 0.0)
         invert = lambda x: math.inf if x <= 0 else 1.0 / x  # noqa: E731
         half = estimate.t_quantile(BLOCKS - 1) * float(np.sqrt(Jackknife(np.array([lam]), lam + step[:, None]).variances[0]))
         tops = np.where(np.isfinite(self.reward_max), self.reward_max, self.rows.reward.max(1))
