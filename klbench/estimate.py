@@ -205,4 +205,7 @@ def by_betting(estimate: Estimate, low: float, high: float, reach: Array) -> Est
         reason = "betting interval; no upper end without a declared reward_max"
         return replace(estimate, low=low, high=None, population=None, status="lower", reason=reason)
     status = "certified" if least >= CERTIFIED else "wide"
-    return replace(estimate, low=low, high=high, population=None, status=status, reason="betting interval, exact at any number of draws")
+    value = None if estimate.value is None else min(max(estimate.value, low), high)  # the two come from different draws
+    return replace(
+        estimate, value=value, low=low, high=high, population=None, status=status, reason="betting interval, exact at any number of draws"
+    )

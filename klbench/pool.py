@@ -4,7 +4,7 @@
     w = p0 exp(tilt) / m    mean w = Z          s = q / m    mean s = 1          tilt = r / beta
     f = log q - log p0 - tilt                   E_q f = KL(q||p0) - E_q r / beta
     X = [g_1 .. g_J, s A, s B]                  g_j = q_j / m - 1: mean 0 over the mixture, exactly; A, B of `Rows`
-    Z~ = mean(w - X b_w)    F = m0 + mean(s (f - m0) - X b_f)    m0 = sum(s f) / sum(s)       b by least squares with intercept
+    Z~ = mean(w - X b_w)    F = m0 + mean(s (f - m0) - X b_f)    m0 = sum(s f) / sum(s)       b by least squares about E X = 0
     reverse_kl = F + log Z
 
 Means over the mixture weigh a row of stratum j by a_j / n_j; with a block left out, n_j shrinks and a_j, hence m, stays: every fit reads
@@ -169,16 +169,20 @@ class Pool:
 
     @cached_property
     def _design(self) -> tuple[Array, Array]:
-        """[9, P, d] means of X and [9, P, d, d] inverses of its ridged covariance: the same for every tilt and target."""
+        """[9, P, d] means of X and [9, P, d, d] inverses of its ridged second moments: the same for every tilt and target.
+
+        Moments about the mean that X is known to have, 0, and not about the sample's: where a policy has collapsed, s A is a multiple of s
+        on all rows that were drawn, and least squares with an intercept would extrapolate along their tiny difference.
+        """
         mean = self._means(self._X)
         order, starts, weight = self._fold
         X = self._X[:, order]
         sums = np.stack([part.transpose(0, 2, 1) @ part for part in np.split(X, starts[1:], axis=1)])  # [G, P, d, d]
-        gram = np.tensordot(weight, sums, (1, 0)) - mean[..., :, None] * mean[..., None, :]
+        gram = np.tensordot(weight, sums, (1, 0))
         return mean, np.asarray(np.linalg.inv(gram + RIDGE * np.eye(X.shape[2])), dtype=np.float64)
 
     def _regress(self, targets: Array, guard: bool = False) -> tuple[Array, Array]:
-        """[9, P, t] means over the mixture of targets [P, n, t] less what X explains (least squares with intercept), and b [9, P, d, t].
+        """[9, P, t] means over the mixture of targets [P, n, t] less what X explains, mean - mean(X) b, and b [9, P, d, t].
 
         guard: the first target is w; where its mean would fall below DROP of the plain one, that prompt does without X.
         """

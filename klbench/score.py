@@ -213,7 +213,8 @@ def diverse(law: Law, prior: Policy) -> dict[str, Estimate]:
 
 def _ends(prior: Policy) -> tuple[int, ...]:
     """Tokens that end an output, which no n-gram counts."""
-    return tuple(getattr(prior, "stops", ())) or (int(getattr(prior, "eos", -1)),)
+    eos = getattr(prior, "eos", None)
+    return tuple(getattr(prior, "stops", ())) or (() if eos is None else (int(eos),))
 
 
 def of_target(bank: Bank, target: TiltedPrior, prompts: Sequence[str], prior: Policy) -> dict[str, Estimate]:
