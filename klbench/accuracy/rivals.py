@@ -75,7 +75,20 @@ class Sample:
 
     @cached_property
     def kl_prior(self) -> Estimate:
-        return self.base.kl_prior if self.base else kl.regressed(self.own).mean(n=self.own.log_q.size)
+        if self.base:
+            return self.base.kl_prior
+        return control.with_few(kl.regressed(self.own).mean(n=self.own.log_q.size), self.own.kl, self._span("kl"))
+
+    @cached_property
+    def entropy(self) -> Estimate:
+        if self.base:
+            return self.base.entropy
+        return control.with_few(entropy.regressed(self.own).mean(n=self.own.log_q.size), self.own.entropy, self._span("entropy"))
+
+    def _span(self, name: str) -> float:
+        """What klbench.score hands to the rule of three: from the least to the most of own draws and bank."""
+        seen = np.concatenate([getattr(self.own, name), getattr(self.bank, name)], 1)
+        return float(np.ptp(seen[np.isfinite(seen)]))
 
     @cached_property
     def reward(self) -> Estimate:
@@ -166,8 +179,7 @@ KLBENCH: Final = ("reverse_kl", "log_z", "forward_kl", "tv", "js", "chi2", "wast
 
 
 def klbench(sample: Sample) -> Figures:
-    n = sample.own.log_q.size
-    rest = {"kl_prior": sample.kl_prior, "reward": sample.reward, "entropy": entropy.regressed(sample.own).mean(n=n)}
+    rest = {"kl_prior": sample.kl_prior, "reward": sample.reward, "entropy": sample.entropy}
     return {name: sample.alone[name] for name in KLBENCH if name in sample.alone} | rest
 
 
