@@ -8,11 +8,13 @@ print sorted, hyphen equals underscore, an unknown word raises.
 from __future__ import annotations
 
 import ast
+import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Final
 
 from klbench.errors import UserError, unknown
+from klbench.estimate import Estimate
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,24 @@ COLUMNS: Final[dict[str, Column]] = {
     "ess": Column("ESS", "draws", "", True, "(Σw)²/Σw² of p*/q at q's own draws; certifies nothing"),
     "khat": Column("k̂", "", "", True, "tail index of the same weights; certifies nothing"),
 }
+
+# Least and most that a column can be. A divergence estimated as -0.001 is 0.
+BOUNDS: Final[dict[str, tuple[float, float]]] = {
+    **{name: (-math.inf, math.inf) for name in ("reward", "gold", "moments", "reward_target", "moments_target", "log_z", "khat")},
+    **{name: (0.0, 1.0) for name in COLUMNS if name.startswith(("distinct_", "unique"))},
+    **{name: (0.0, 1.0) for name in ("tv", "self_bleu", "kl_efficiency")},
+    "js": (0.0, math.log(2)),
+}
+
+
+def bounded(column: str, figure: Estimate) -> Estimate:
+    """The figure inside the bounds of its column (0 and infinity unless BOUNDS says otherwise), its value inside its interval."""
+    least, most = BOUNDS.get(column, (0.0, math.inf))
+    clip = lambda x: None if x is None else min(max(x, least), most)  # noqa: E731
+    value, low, high = map(clip, (figure.value, figure.low, figure.high))
+    if value is not None:
+        low, high = (None if low is None else min(low, value)), (None if high is None else max(high, value))
+    return replace(figure, value=value, low=low, high=high)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import chdtri, entr, logsumexp
 
-from klbench import estimate, weights
+from klbench import estimate, measure, weights
 from klbench.estimate import BLOCKS, Array, Estimate, Jackknife
 from klbench.estimators import betting, chi2, kl_prior
 from klbench.estimators.control import with_few
@@ -403,13 +403,13 @@ class Pool:
         squares = self._squares(inverse_beta, found.log_z[0])
         tail = max(weights.khat(x) for x in squares)
         out["chi2"] = self._guard(chi2.guarded(jack(found.chi2), n, tail, float(weights.ess(squares).min())), scored, known)
-        out["ess"] = Estimate(ess, n=n, reason="certifies nothing")
-        out["khat"] = Estimate(max(weights.khat(x) for x in w), n=n, reason="largest over prompts; certifies nothing")
+        out["ess"] = Estimate(ess, n=n, status="uncertified", reason="certifies nothing")
+        out["khat"] = Estimate(max(weights.khat(x) for x in w), n=n, status="uncertified", reason="largest over prompts; certifies nothing")
         out["reverse_kl"] = replace(out["reverse_kl"], ess=ess)
         least = float(reach.min())
-        out["reach"] = (
-            Estimate(least, n=self.bank_draws, reason="least over prompts") if known else estimate.undefined("no reward_max declared")
-        )
+        out["reach"] = estimate.undefined("no reward_max declared")
+        if known:
+            out["reach"] = Estimate(least, n=self.bank_draws, status="uncertified", reason="least over prompts, of draws as they fell")
         per_prompt = {
             "free": free.estimates,
             "log_z": log_z.estimates,
@@ -422,7 +422,7 @@ class Pool:
         if self.infinite:
             nowhere_at = np.isneginf(self.own.log_p0).any(1) | np.isposinf(self.own.kl).any(1)
             per_prompt |= {name: np.where(nowhere_at, math.inf, per_prompt[name]) for name in ("free", "reverse_kl")}
-        return {name: _tidy(figure) for name, figure in out.items()}, per_prompt, reach
+        return {name: _tidy(name, figure) for name, figure in out.items()}, per_prompt, reach
 
     def _squares(self, inverse_beta: float, log_z: Array) -> Array:
         """[P, n] u^2 / s of the rows, the terms of 1 + chi2: what few of them carry, the others have not seen."""
@@ -460,12 +460,14 @@ class Pool:
         seen_kl = self.rows.kl[np.isfinite(self.rows.kl)]
         waste = with_few(waste, self.own.reward, float(np.ptp(seen_kl)) if seen_kl.size else 0.0)
         invert = lambda x: math.inf if x <= 0 else 1.0 / x  # noqa: E731
-        half = estimate.t_quantile(BLOCKS - 1) * float(np.sqrt(Jackknife(np.array([lam]), lam + step[:, None]).variances[0]))
+        free = lam - slope / max(bend, 1e-12)  # each block's lambda where 0 is no wall: a policy may earn less than the prior
+        centre = lam - float((first - reward)[0].mean()) / max(bend, 1e-12) if lam == 0 else lam
+        half = estimate.t_quantile(BLOCKS - 1) * float(np.sqrt(Jackknife(np.array([lam]), free[:, None]).variances[0]))
         tops = np.where(np.isfinite(self.reward_max), self.reward_max, self.rows.reward.max(1))
         unseen = float((3.0 / (reach + 3.0) * (tops - first[0])).mean()) / max(
             bend, 1e-12
         )  # what a region nobody saw would take from lambda
-        implied = Estimate(invert(lam), invert(lam + half), invert(lam - half - unseen), n=n)
+        implied = Estimate(invert(lam), invert(max(centre + half, 0.0)), invert(centre - half - unseen), n=n)
         doubt, more = self._few_below_the_top(), 0.0
         if (
             doubt > 0
@@ -477,6 +479,8 @@ class Pool:
             waste = replace(waste, low=(waste.low or 0.0) - more, high=(waste.high or 0.0) + lam * doubt, population=None)
             why = "nearly every draw earns the highest reward there is: any smaller beta fits as well"
             implied = Estimate(invert(least), 0.0, invert(least - half - unseen), n=n, status="upper", reason=why)
+            if least - half - unseen <= 0:
+                implied = estimate.undefined("no draw tells how the reward answers to beta: every beta fits", n=n)
         waste = self._guard(waste, reach, known)
         if implied.status != "upper":
             implied = replace(implied, status=waste.status, reason=waste.reason)
@@ -526,8 +530,9 @@ def _both(value: Jackknife, reach_value: Array, high: Jackknife, reach: Array, n
     return replace(a, value=min(max(a.value, low), top), low=low, high=top, population=population)
 
 
-def _tidy(figure: Estimate) -> Estimate:
-    """Without the -7e-17 that a distance of nothing comes to."""
+def _tidy(column: str, figure: Estimate) -> Estimate:
+    """Inside the column's bounds, and 0 for the 7e-17 that a distance of nothing comes to."""
+    figure = measure.bounded(column, figure)
     value, low = (0.0 if x is not None and abs(x) < 1e-12 else x for x in (figure.value, figure.low))
     return replace(figure, value=value, low=low)
 

@@ -14,7 +14,8 @@ class Rows:
     """Draws of one law with what a policy q and the prior p0 say of them, each [P, N].
 
     log_q, log_p0: of whole outputs.  reward.  A = sum_t [-log q(x_t) - H(q_t)] and B = sum_t [-log p0(x_t) - H(q_t, p0_t)]: mean 0 under q.
-    kl: sum_t KL(q_t || p0_t).  entropy: sum_t H(q_t).  Where a policy has no token laws A = B = 0, kl = log_q - log_p0, entropy = -log_q.
+    kl: sum_t KL(q_t || p0_t).  entropy: sum_t H(q_t).  lost: sum_t KL(p0_t || q_t), which has under p0 the mean of log p0 - log q.
+    Where a policy has no token laws A = B = 0, kl = log_q - log_p0 = -lost, entropy = -log_q.
     """
 
     log_q: Array
@@ -24,6 +25,7 @@ class Rows:
     B: Array
     kl: Array
     entropy: Array
+    lost: Array
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -34,7 +36,7 @@ class Rows:
     def of_ratio(cls, log_p0: Array, reward: Array, log_ratio: Array) -> Rows:
         """Rows of a law known by its density alone: log_ratio = log q/p0."""
         zero = np.zeros_like(log_p0)
-        return cls(log_p0 + log_ratio, log_p0, reward, zero, zero, log_ratio, -log_p0 - log_ratio)
+        return cls(log_p0 + log_ratio, log_p0, reward, zero, zero, log_ratio, -log_p0 - log_ratio, -log_ratio)
 
     @classmethod
     def joined(cls, *parts: Rows) -> Rows:

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from klbench import bank as banks
-from klbench import estimate, exact, method, models, pool, streams, weights
+from klbench import estimate, exact, measure, method, models, pool, streams, weights
 from klbench import task as tasks
 from klbench.bank import Bank
 from klbench.errors import unknown
@@ -162,7 +162,8 @@ def figures(
         columns["kl_prior"] = with_few(joint.kl.mean(n=size), own.kl, _span(own.kl, on_bank.kl))
         surprise = joint.own_draws(entropy.regressed).mean(n=size)
         columns["entropy"] = with_few(surprise, own.entropy, _span(own.entropy, on_bank.entropy))
-        columns["forgetting"] = joint.own_draws(forgetting.k1, on_bank=True).mean(n=on_bank.log_q.size)
+        forgotten = joint.own_draws(forgetting.regressed, on_bank=True).mean(n=on_bank.log_q.size)
+        columns["forgetting"] = with_few(forgotten, on_bank.lost, _span(own.lost, on_bank.lost))
         if isinstance(law.policy, AbstractSampler) and law.policy.draws_target:  # its density holds log Z, and what log Z may lack
             up = float(np.mean(estimate.widening(np.maximum(per_prompt["reach"], 1e-300))))
             for column, low, high in (("kl_prior", up, 0.0), ("entropy", 0.0, up), ("forgetting", 0.0, up)):
@@ -187,7 +188,7 @@ def figures(
         columns["moments"] = replace(mean(evaluate(phi, prompts, law.texts), 1.0), reason=f"wanted: {wanted:g}")
     columns |= diverse(law, sheet.prior)
     columns |= of_target(bank, sheet.target, prompts, sheet.prior)
-    return columns, per_prompt
+    return {column: measure.bounded(column, figure) for column, figure in columns.items()}, per_prompt
 
 
 def _span(*seen: Array) -> float:

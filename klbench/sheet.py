@@ -198,9 +198,9 @@ def rows_of(
     """
     if isinstance(policy, CausalLM) and isinstance(prior, CausalLM):
         laws = token_laws(policy, prior, prompts, tokens, mask, drawn)
-        lq, l0, h, c = (x.double().sum(2).numpy() for x in (laws.log_q, laws.log_p0, laws.entropy, laws.cross))
+        lq, l0, h, c, lost = (x.double().sum(2).numpy() for x in (laws.log_q, laws.log_p0, laws.entropy, laws.cross, laws.lost))
         with np.errstate(invalid="ignore"):  # -inf where a decoding cuts: the pool gives such rows no weight
-            found = Rows(lq, l0, reward, -lq - h, -l0 - c, c - h, h)
+            found = Rows(lq, l0, reward, -lq - h, -l0 - c, c - h, h, lost)
     else:
         lq, l0 = (p.log_prob(prompts, tokens, mask).double().sum(2).numpy() for p in (policy, prior))
         with np.errstate(invalid="ignore"):

@@ -66,9 +66,10 @@ class Table:
 def rows(q: Table, p0: Table, reward: np.ndarray, drawn: np.ndarray) -> Rows:
     """Rows of drawn outcomes [P, N] (indices), for the policy q against p0; reward [P, V^T]."""
     entropy, cross = q.cross(q).sum(-1), q.cross(p0).sum(-1)
+    lost = p0.cross(q).sum(-1) - p0.cross(p0).sum(-1)
     lq, l0 = q.log_prob(), p0.log_prob()
     take = lambda a: np.take_along_axis(a, drawn, 1)  # noqa: E731
-    return Rows(take(lq), take(l0), take(reward), take(-lq - entropy), take(-l0 - cross), take(cross - entropy), take(entropy))
+    return Rows(take(lq), take(l0), take(reward), take(-lq - entropy), take(-l0 - cross), take(cross - entropy), take(entropy), take(lost))
 
 
 def draw(rng: np.random.Generator, table: Table, n: int) -> np.ndarray:

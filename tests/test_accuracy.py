@@ -96,6 +96,7 @@ def enumerated(world: World, policy: str) -> dict[str, float]:
             "forward_kl": float((star * np.log(star / q)).sum()),
             "chi2": math.log(float((star**2 / q).sum())),
             "kl_prior": float((q * (lq - l0)).sum()),
+            "forgetting": float((np.exp(l0) * (l0 - lq)).sum()),
             "reward": float((q * r).sum()),
             "entropy": -float((q * lq).sum()),
             "tv": 0.5 * float(np.abs(q - star).sum()),

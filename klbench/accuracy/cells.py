@@ -51,7 +51,7 @@ class Setting:
 
 
 # Who gets a pooled figure, where not all do.
-POOLED: Final[dict[tuple[str, ...], tuple[str, ...]]] = {FAR_BOARD: FAR_BOARD[1:], COLLAPSED: COLLAPSED[:1]}
+POOLED: Final[dict[tuple[str, ...], tuple[str, ...]]] = {COLLAPSED: COLLAPSED[:1]}
 FOUR: Final = ("near", "mid", "far", "under")
 SETTINGS: Final = (
     *(Setting(name, (NEAR_BOARD, FAR_BOARD, COLLAPSED), FOUR) for name in worlds.NINE),

@@ -53,7 +53,7 @@ ORDER: Final = tuple(MEANINGS)
 HIDDEN: Final = "a prompt each, with a hidden mode of prior mass 1e-4 to 1e-1, β 0.08 to 0.5, and a collapsed policy that never saw it"
 LARGE: Final = " 1000+1000"  # settings that a summary speaks of
 COLUMNS: Final = (
-    "reverse_kl", "log_z", "wasted_nats", "forward_kl", "tv", "js", "chi2", "kl_prior", "entropy", "reward", "beta_implied",
+    "reverse_kl", "log_z", "wasted_nats", "forward_kl", "tv", "js", "chi2", "kl_prior", "entropy", "forgetting", "reward", "beta_implied",
     "kl_efficiency",
 )  # fmt: skip
 

@@ -36,7 +36,7 @@ import numpy as np
 
 from klbench import estimate, weights
 from klbench.estimate import BLOCKS, Array, Estimate, Jackknife
-from klbench.estimators import control, entropy
+from klbench.estimators import control, entropy, forgetting
 from klbench.estimators import kl_prior as kl
 from klbench.pool import Pool, Stratum
 from klbench.rows import Rows
@@ -89,6 +89,12 @@ class Sample:
         """What klbench.score hands to the rule of three: from the least to the most of own draws and bank."""
         seen = np.concatenate([getattr(self.own, name), getattr(self.bank, name)], 1)
         return float(np.ptp(seen[np.isfinite(seen)]))
+
+    @cached_property
+    def forgetting(self) -> Estimate:
+        if self.base:
+            return self.base.forgetting
+        return control.with_few(forgetting.regressed(self.bank).mean(n=self.bank.log_q.size), self.bank.lost, self._span("lost"))
 
     @cached_property
     def reward(self) -> Estimate:
@@ -179,7 +185,7 @@ KLBENCH: Final = ("reverse_kl", "log_z", "forward_kl", "tv", "js", "chi2", "wast
 
 
 def klbench(sample: Sample) -> Figures:
-    rest = {"kl_prior": sample.kl_prior, "reward": sample.reward, "entropy": sample.entropy}
+    rest = {name: getattr(sample, name) for name in ("kl_prior", "reward", "entropy", "forgetting")}
     return {name: sample.alone[name] for name in KLBENCH if name in sample.alone} | rest
 
 
@@ -232,7 +238,8 @@ def parts_board(sample: Sample) -> Figures:
 
 
 def k1(sample: Sample) -> Figures:
-    return {"kl_prior": kl.k1(sample.own).mean(n=sample.own.log_q.size)}
+    n = sample.own.log_q.size
+    return {"kl_prior": kl.k1(sample.own).mean(n=n), "forgetting": forgetting.k1(sample.bank).mean(n=sample.bank.log_q.size)}
 
 
 def k3(sample: Sample) -> Figures:

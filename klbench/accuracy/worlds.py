@@ -35,7 +35,7 @@ PROMPTS: Final = 4
 NEAR: Final = 0.03  # KL(q||p*) that policies are made to have, nats
 MID: Final = 1.0
 FAR: Final = (1.5, 1.0, 2.0)
-PER_POLICY: Final = 4  # fields of a policy in `World.tables`
+PER_POLICY: Final = 5  # fields of a policy in `World.tables`
 
 Law = tuple[Array, ...]  # [P, S_t, V] log-probabilities of the next token, t = 0 .. T-1
 Ints = NDArray[np.int64]
@@ -142,8 +142,9 @@ def _minus(a: Array, b: Array) -> Array:
 class Drawn:
     """Draws of the prior (law 0) and of K policies side by side, n in all, with what every law says of each.
 
-    starts [K + 2]: law j drew columns starts[j] : starts[j + 1].  fields [2 + 4 K, P, n], in the order of `World.tables`: log p0, length in
-    tokens, then a policy's log q, sum_t H(q_t), sum_t H(q_t, p0_t) and sum_t k3_t.  reward [P, n].
+    starts [K + 2]: law j drew columns starts[j] : starts[j + 1].  fields [2 + 5 K, P, n], in the order of `World.tables`: log p0, length in
+    tokens, then a policy's log q, sum_t H(q_t), sum_t H(q_t, p0_t), sum_t KL(p0_t||q_t) and
+    sum_t k3_t.  reward [P, n].
     """
 
     starts: tuple[int, ...]
@@ -155,15 +156,15 @@ class Drawn:
 
     def density(self, law: int, of: Sequence[int]) -> Array:
         """[P, n] log q_j of the draws of the laws `of`, in their order."""
-        row = self.fields[0 if law == 0 else PER_POLICY * law - 2]
+        row = self.fields[0 if law == 0 else PER_POLICY * (law - 1) + 2]
         return np.concatenate([row[:, self.at(j)] for j in of], 1)
 
     def rows(self, policy: int, of: int) -> Rows:
         """What a policy (1, 2, ..) and the prior say of the draws of the law `of`."""
-        at, first = self.at(of), PER_POLICY * policy - 2
+        at, first = self.at(of), PER_POLICY * (policy - 1) + 2
         log_p0 = self.fields[0][:, at]
-        log_q, entropy, cross = (self.fields[first + i][:, at] for i in range(3))
-        return Rows(log_q, log_p0, self.reward[:, at], -log_q - entropy, -log_p0 - cross, cross - entropy, entropy)
+        log_q, entropy, cross, lost = (self.fields[first + i][:, at] for i in range(4))
+        return Rows(log_q, log_p0, self.reward[:, at], -log_q - entropy, -log_p0 - cross, cross - entropy, entropy, lost)
 
     def k3(self, policy: int) -> Array:
         """[P, N] sum_t p0/q - 1 - log p0/q over the tokens of the policy's own draws."""
@@ -235,6 +236,7 @@ class World:
             "kl_prior": kl,
             "reward": reward,
             "entropy": -float(graph.mean(q, q).mean()),
+            "forgetting": float(graph.kl(self.prior, q).mean()),
         }
         if 0 < lam < math.inf:
             out["beta_implied"] = 1 / lam
@@ -268,7 +270,9 @@ class World:
                 entropy = -(p * np.where(p > 0, log_q, 0.0)).sum(2, keepdims=True)
                 cross = entropy - (p * ratio).sum(2, keepdims=True)
                 k3 = np.exp(np.minimum(ratio, 700.0)) - 1 - ratio
-                columns += [np.where(p > 0, log_q, 0.0), *(np.broadcast_to(x, shape) for x in (entropy, cross)), k3]
+                p0 = np.exp(log_p0)
+                lost = (p0 * _minus(log_p0, log_q)).sum(2, keepdims=True)
+                columns += [np.where(p > 0, log_q, 0.0), *(np.broadcast_to(x, shape) for x in (entropy, cross, lost)), k3]
             out.append(np.stack(columns, 3).reshape(-1, len(columns)))
         return out
 

@@ -43,12 +43,13 @@ def log_chi2(log_u: Array, log_s: Array, omega: Array) -> Array:
 
 
 def guarded(figure: Jackknife, n: int, khat: float, ess: float) -> Estimate:
-    """The mean over prompts with the status that its tail allows: `lower` keeps the low end and has no high one."""
+    """The mean over prompts as a bound: `lower` keeps the low end and has no high one, because nothing bounds what was not drawn.
+
+    Where p* has an outcome that nobody drew, of mass e, and q next to none there, chi2 is e^2/q: as large as one likes at any reach.
+    """
     if np.isposinf(figure.full).any():
         return Estimate(math.inf, math.inf, math.inf, 0.0, n, ess, "exact", "the policy has no mass where the posterior has some")
     out = figure.mean(n=n, ess=ess)
     out = replace(out, value=max(0.0, out.value or 0.0), low=max(0.0, out.low or 0.0))
-    if khat >= HEAVY or ess < FEW:
-        why = f"tail index {khat:.2f}" if khat >= HEAVY else f"{ess:.0f} effective draws"
-        return replace(out, high=None, population=None, status="lower", reason=f"{why}: what was not drawn may hold most of chi²")
-    return out
+    why = f"tail index {khat:.2f}: " if khat >= HEAVY else f"{ess:.0f} effective draws: " if ess < FEW else ""
+    return replace(out, high=None, population=None, status="lower", reason=f"{why}what was not drawn may hold most of chi²")

@@ -15,6 +15,7 @@ reward near the target: .72 of the plain mean's error in place of .41 at 16 draw
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Final
 
@@ -26,6 +27,7 @@ from klbench.estimate import BLOCKS, LEAST_DRAWS, Array, Estimate, Jackknife
 
 SUPPORT: Final = 8.0  # effective rows a column at which half of the fitted correction is believed
 FEW: Final = 10.0  # effective rows below which a spread says little
+ROOM: Final = 1.5  # half of the 3 in the rule of three
 RIDGE: Final = 1e-9  # of columns scaled to unit norm
 
 
@@ -77,17 +79,22 @@ def infinite_at(figure: Jackknife, where: NDArray[np.bool_]) -> Jackknife:
 
 
 def bounded_mean(y: Array, *columns: Array, span: float) -> Estimate:
-    """E_q of a bounded figure [P, N], regressed on columns, its interval no narrower than the rule of three: never of zero width."""
+    """E_q of a bounded figure [P, N], regressed on columns, its interval with room for what was not drawn: never of zero width."""
     return with_few(regressed(y, *columns).mean(n=y.size), y, span)
 
 
 def with_few(figure: Estimate, y: Array, span: float) -> Estimate:
-    """The interval of a mean of y [P, N], no narrower than 3 span / (N P) to either side.
+    """The interval of a mean of y [P, N] with room for what few draws, or none, have shown: half-width h to h' = c + sqrt(h^2 + c^2),
 
-    What no draw showed has mass below 3 / (N P) (95 %), leaves no spread for a jackknife to see, and moves the mean by its share of the
-    span. For a figure that many draws vary, this is far inside the interval that it has.
+        c = 1.5 span / (N P)
+
+    which is Wilson's for a share, to both sides. Without spread, h' = 3 span / (N P), the rule of three: what no draw showed has mass below
+    3 / (N P) (95 %), leaves nothing for a jackknife to see, and moves the mean by its share of the span. With little, the figure is skewed
+    and a t interval ends too early (a reward that few of 64 draws earn: 10 of 228 intervals ended below the truth, where 6 may). Where
+    many draws vary, c is a small part of h.
     """
     if figure.low is None or figure.high is None or figure.value is None or not np.isfinite(y).all():
         return figure
-    least = 3.0 * span / y.size
-    return replace(figure, low=min(figure.low, figure.value - least), high=max(figure.high, figure.value + least))
+    c = ROOM * span / y.size
+    down, up = (c + math.hypot(c, max(h, 0.0)) for h in (figure.value - figure.low, figure.high - figure.value))
+    return replace(figure, low=figure.value - down, high=figure.value + up)

@@ -28,7 +28,7 @@ def _of_bank(f: Callable[[Rows], Jackknife]) -> Estimator:
 NAMED: Final[dict[str, dict[str, Estimator]]] = {
     "kl_prior": {f.__name__: _of_own(f) for f in (kl_prior.regressed, kl_prior.rao_blackwell, kl_prior.k1, kl_prior.k3)},
     "entropy": {f.__name__: _of_own(f) for f in (entropy.regressed, entropy.rao_blackwell, entropy.monte_carlo)},
-    "forgetting": {f.__name__: _of_bank(f) for f in (forgetting.k1,)},
+    "forgetting": {f.__name__: _of_bank(f) for f in (forgetting.regressed, forgetting.rao_blackwell, forgetting.k1)},
 }
 
 

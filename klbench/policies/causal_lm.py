@@ -38,12 +38,14 @@ class TokenLaws:
     """Per-token sums over the vocabulary along given sequences, each [P, N, T], 0 where the mask is False; nats.
 
     log_q, log_p0: of the token itself.  entropy: H(q(.|prefix)).  cross: H(q(.|prefix), p0(.|prefix)), so KL_t = cross - entropy.
+    lost: KL(p0(.|prefix) || q(.|prefix)).
     """
 
     log_q: Tensor
     log_p0: Tensor
     entropy: Tensor
     cross: Tensor
+    lost: Tensor
 
 
 @final
@@ -283,11 +285,12 @@ def token_laws(q: CausalLM, p0: CausalLM, prompts: Sequence[str], tokens: Tensor
 
     drawn [P, n, T]: log-probabilities of the first n sequences as q itself drew them. A token that a decoding kept when it was drawn, and
     that the rounding of another pass puts at the other side of the edge, keeps the value it was drawn with.
-    cross is infinite where q has mass that p0 has not. Raises UserError when the two do not share a vocabulary, or end sequences elsewhere.
+    cross is infinite where q has mass that p0 has not, lost where p0 has mass that q has not.
+    Raises UserError when the two do not share a vocabulary, or end sequences elsewhere.
     """
     same_vocabulary(q, p0)
     shape = tokens.shape
-    log_q, log_p0, entropy, cross = (torch.zeros(shape) for _ in range(4))
+    log_q, log_p0, entropy, cross, lost = (torch.zeros(shape) for _ in range(5))
     same_logits = p0.model is q.model and p0.tokenizer is q.tokenizer and (p0.chat, p0.system) == (q.chat, q.system)
     for at in q._pieces(prompts, tokens):
         some, rows = prompts[at[0]], tokens[at]
@@ -304,14 +307,17 @@ def token_laws(q: CausalLM, p0: CausalLM, prompts: Sequence[str], tokens: Tensor
         log_p0[at] = _pick(l0, index).cpu()
         lq, l0 = _as_wide(lq, l0), _as_wide(l0, lq)
         apart = ((l0 == -torch.inf) & (lq > -torch.inf)).any(-1)
-        cross[at] = (-torch.linalg.vecdot(lq.exp(), l0.clamp(min=-1e30))).masked_fill(apart, torch.inf).cpu()
+        q_low, p_low = lq.clamp(min=-1e30), l0.clamp(min=-1e30)
+        cross[at] = (-torch.linalg.vecdot(lq.exp(), p_low)).masked_fill(apart, torch.inf).cpu()
+        gone = ((lq == -torch.inf) & (l0 > -torch.inf)).any(-1)
+        lost[at] = torch.linalg.vecdot(l0.exp(), p_low - q_low).masked_fill(gone, torch.inf).cpu()
     if drawn is not None:
         part = log_q[:, : drawn.shape[1]]
         part.copy_(torch.where(part == -torch.inf, drawn, part))
-    log_q, log_p0, entropy, cross = (x.masked_fill(~mask, 0.0) for x in (log_q, log_p0, entropy, cross))
+    log_q, log_p0, entropy, cross, lost = (x.masked_fill(~mask, 0.0) for x in (log_q, log_p0, entropy, cross, lost))
     q._sound(log_q)
     p0._sound(log_p0)
-    return TokenLaws(log_q, log_p0, entropy, cross)
+    return TokenLaws(log_q, log_p0, entropy, cross, lost)
 
 
 def _as_wide(law: Tensor, other: Tensor) -> Tensor:
