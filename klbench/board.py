@@ -27,6 +27,7 @@ from klbench.estimate import BLOCKS, Estimate, t_quantile
 from klbench.measure import COLUMNS
 from klbench.ranks import certain_bracket, rank_ranges
 from klbench.record import FrontierPoint, Pooled, Record, digest, write_atomically
+from klbench.standing import Standing, standings
 from klbench.truths import Beside, beside, verdict, views
 
 if TYPE_CHECKING:
@@ -89,10 +90,17 @@ class Table:
     rows: tuple[Row, ...]
     frontier: tuple[FrontierPoint, ...]
     pool: Pooled | None
+    methods: tuple[Standing, ...] = ()
 
     @property
     def first(self) -> Record:
         return self.rows[0].record
+
+    @property
+    def shown(self) -> tuple[Row, ...]:
+        """Rows for people: of a method that stands for itself, over its seeds, the first checkpoint alone."""
+        seeds = {standing.method: standing.seeds[0] for standing in self.methods}
+        return tuple(row for row in self.rows if seeds.get(row.record.run.method, row.record.run.seed) == row.record.run.seed)
 
 
 @final
@@ -175,9 +183,11 @@ class Board:
     # --- files ---
 
     def write(self, folder: Path) -> None:
-        """board.json, board.csv and index.html in `folder`, each atomically."""
+        """board.json, board.csv and index.html in `folder`, each atomically; methods.csv where there are methods with enough seeds."""
         write_atomically(folder / "board.json", self.to_json().encode("utf-8", "replace"))
         write_atomically(folder / "board.csv", self.to_csv().encode("utf-8", "replace"))
+        if any(table.methods for table in self.tables):
+            write_atomically(folder / "methods.csv", self.methods_csv().encode("utf-8", "replace"))
         self.page(folder / "index.html")
 
     def to_json(self) -> str:
@@ -209,6 +219,7 @@ class Board:
                         }
                         for row in table.rows
                     ],
+                    **({"methods": [_standing_json(s) for s in table.methods]} if table.methods else {}),
                 }
                 for table in self.tables
             ],
@@ -241,6 +252,23 @@ class Board:
             writer.writerow([_csv_cell(cell) for cell in line])
         return out.getvalue()
 
+    def methods_csv(self) -> str:
+        """A row a method with its figures over seeds, as `to_csv` writes those of policies."""
+        every = [(table, standing) for table in self.tables for standing in table.methods]
+        names = [name for name in COLUMNS if any(name in standing.columns for _, standing in every)]
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        head = ["task", "prior", "beta", "method", "seeds", "rank_low", "rank_high"]
+        writer.writerow([*head, *(part for name in names for part in (name, f"{name}_low", f"{name}_high", f"{name}_status"))])
+        for table, standing in every:
+            run = table.first.run
+            line: list[Any] = [run.task, run.prior, run.beta, standing.method, len(standing.seeds), *standing.rank]
+            for name in names:
+                figure = standing.columns.get(name)
+                line += [None] * 4 if figure is None else [figure.value, figure.low, figure.high, figure.status]
+            writer.writerow([_csv_cell(cell) for cell in line])
+        return out.getvalue()
+
     # --- terminal ---
 
     def render(self, console: Console) -> None:
@@ -249,6 +277,9 @@ class Board:
             for line in self.lines():
                 console.out(line, highlight=False)
             return
+        for table in (table for table in self.tables if table.methods):
+            console.print(_methods_table(table))
+            console.print()
         cells = [_terminal_cells(table) for table in self.tables]
         kept, gap = _fitting([line for lines in cells for line in lines], console.width)
         for table, lines in zip(self.tables, cells, strict=True):
@@ -272,6 +303,14 @@ class Board:
         single = ["reward", "kl_prior", "entropy", "entropy_target", "distinct_2", "distinct_2_target"]
         head += [*single, "status", "certain_low", "certain_high"]
         cells = [head]
+        for table, standing in ((table, standing) for table in self.tables for standing in table.methods):
+            line = [table.title, _place_text(standing.rank, "-"), f"{standing.method} x{len(standing.seeds)} seeds"]
+            for name in ("reverse_kl", "wasted_nats"):
+                figure = standing.columns.get(name)
+                line += ["-"] * 3 if figure is None else [_number(figure.value), _number(figure.low), _number(figure.high)]
+            line += [_number(figure.value) if (figure := standing.columns.get(name)) else "-" for name in single]
+            status = standing.columns["reverse_kl"].status if "reverse_kl" in standing.columns else "uncertified"
+            cells.append(["_".join(plain(cell).split()) or "-" for cell in [*line, status, "-", "-"]])
         for table, row in self.rows:
             line = [table.title, _rank(row, "-"), row.label]
             for name in ("reverse_kl", "wasted_nats"):
@@ -353,7 +392,18 @@ def _table(records: list[Record], shared: bool, pools: Sequence[Pooled]) -> Tabl
     longest = max(records, key=lambda r: (max((p.reach for p in r.frontier), default=0.0), len(r.frontier)))
     run = records[0].run
     title = f"{run.task} · β {run.beta:g} · {run.prior}" if shared else run.task
-    return Table(title, tuple(rows), tuple(sorted(longest.frontier, key=lambda p: p.reward)), pool)
+    methods = standings(records, {row.id: row.columns for row in rows}, free)
+    return Table(title, tuple(rows), tuple(sorted(longest.frontier, key=lambda p: p.reward)), pool, methods)
+
+
+def _standing_json(standing: Standing) -> dict[str, Any]:
+    return {
+        "method": standing.method,
+        "seeds": list(standing.seeds),
+        "rank": standing.rank,
+        "columns": {name: standing.columns[name].to_json() for name in sorted(standing.columns)},
+        "curve": [list(point) for point in standing.curve],
+    }
 
 
 def _truths(table: Table) -> list[Beside]:
@@ -400,9 +450,11 @@ def _number(x: float | None) -> str:
 
 
 def _rank(row: Row, dash: str = "–") -> str:
-    if row.rank is None:
-        return "p*"
-    low, high = row.rank
+    return "p*" if row.rank is None else _place_text(row.rank, dash)
+
+
+def _place_text(rank: tuple[int, int], dash: str = "–") -> str:
+    low, high = rank
     return f"{low}" if low == high else f"{low}{dash}{high}"
 
 
@@ -415,7 +467,10 @@ def _csv_cell(cell: Any) -> Any:
 
 
 def _interval(row: Row, column: str) -> str:
-    figure = row.estimate(column)
+    return _ends_text(row.estimate(column))
+
+
+def _ends_text(figure: Estimate | None) -> str:
     if figure is None or figure.low is None or figure.high is None or figure.status == "exact":
         return ""
     return f"[{figure_text(figure.low)}, {figure_text(figure.high)}]"
@@ -441,10 +496,31 @@ HEADS: Final = ("rank", "method", "reverse_kl", "", "wasted_nats", "reward", "kl
 LEFT: Final = (1, 3, 9)  # columns of words
 
 
+def _methods_table(table: Table) -> Any:
+    """Methods over their seeds, as a rich table without a frame."""
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    seeds = min(len(standing.seeds) for standing in table.methods)
+    title = f"{plain(table.title)}: methods, at least {seeds} training seeds each"
+    made = RichTable(title=Text(title, style="bold"), title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    heads = ("rank", "method", "reverse_kl", "95 % over seeds", "wasted_nats", "reward", "kl_prior", "own_kl", "status")
+    for head in heads:
+        made.add_column(
+            Text(head, style="dim"), justify="left" if head in ("method", "95 % over seeds", "status") else "right", no_wrap=True
+        )
+    for standing in table.methods:
+        figures = [standing.columns.get(name) for name in ("reverse_kl", "wasted_nats", "reward", "kl_prior", "own_kl")]
+        texts = [figure_text(f.value if f else None) for f in figures]
+        status = figures[0].status if figures[0] else ""
+        made.add_row(_place_text(standing.rank), plain(standing.method)[:32], texts[0], _ends_text(figures[0]), *texts[1:], status)
+    return made
+
+
 def _terminal_cells(table: Table) -> list[list[str]]:
     """A list of texts a row, in the order of HEADS; the fourth is the interval or the bracket."""
     lines = []
-    for row in table.rows:
+    for row in table.shown:
         doubt = MARKS["uncertified"] if row.status == "uncertified" else ""
         line = [_rank(row), plain(row.label)[:32]]
         for name in ("reverse_kl", "wasted_nats", "reward", "kl_prior"):
@@ -481,7 +557,7 @@ def _terminal_table(table: Table, lines: list[list[str]], kept: list[int], gap: 
     made = RichTable(title=Text(title, style="bold"), title_justify="left", box=None, pad_edge=False, padding=(0, gap, 0, 0))
     for i in kept:
         made.add_column(Text(HEADS[i], style="dim"), justify="left" if i in LEFT else "right", no_wrap=True)
-    for row, line in zip(table.rows, lines, strict=True):
+    for row, line in zip(table.shown, lines, strict=True):
         style = {"target": "green", "null": "dim", "sampler": "cyan"}.get(row.role, "")
         doubt = row.status in ("uncertified", "infeasible")
         made.add_row(*(Text(line[i], style="yellow" if doubt and i in (2, 3, 4, 9) else "dim" if i in (3, 9) else style) for i in kept))
@@ -501,12 +577,15 @@ def _table_view(table: Table, index: int) -> dict[str, Any]:
     from klbench.page import figures
 
     places = []
-    for row in table.rows:
-        reward, kl = row.estimate("reward"), row.estimate("kl_prior")
-        if reward is not None and kl is not None and all(math.isfinite(e.value or 0.0) for e in (reward, kl)):
-            places.append(figures.Place(plain(row.label), row.role, _ends(reward), _ends(kl)))
+    standing_for = {standing.method: standing.columns for standing in table.methods}
+    for row in table.shown:
+        columns = standing_for.get(row.record.run.method, row.columns)
+        reward, kl = columns.get("reward"), columns.get("kl_prior")
+        label = row.record.run.method if row.record.run.method in standing_for else row.label
+        if reward is not None and kl is not None and all(e.value is not None and math.isfinite(e.value) for e in (reward, kl)):
+            places.append(figures.Place(plain(label), row.role, _ends(reward), _ends(kl)))
     frontier = [figures.Point(p.reward, p.kl, p.low, p.high, p.reach) for p in table.frontier]
-    trained = [row for row in table.rows if figures.keys_of(row.record.curve)]
+    trained = [row for row in table.shown if figures.keys_of(row.record.curve)]
     axes = figures.limits([row.record.curve for row in trained])
     top = _top(table)
     run = table.first.run
@@ -519,7 +598,12 @@ def _table_view(table: Table, index: int) -> dict[str, Any]:
         "prior": plain(run.prior),
         "prompts": len(table.first.prompt_ids),
         "draws": run.score.draws,
-        "rows": [_row_view(row, top, names) for row in table.rows],
+        "rows": [_row_view(row, top, names) for row in table.shown],
+        "hidden": len(table.rows) - len(table.shown),
+        "methods": [_standing_view(standing, top) for standing in table.methods],
+        "learning": Markup(figures.learning({plain(s.method): s.curve for s in table.methods if s.curve}, f"{index} {table.title}"))
+        if any(s.curve for s in table.methods)
+        else None,
         "ticks": [(f"{t:g}", f"{_place(t, top):.2f}") for t in figures.ticks(top, 0.2)],
         "plane": Markup(figures.plane(places, frontier, f"{index} {table.title}")) if places else None,
         "curves": [
@@ -527,6 +611,24 @@ def _table_view(table: Table, index: int) -> dict[str, Any]:
         ],
         "truths": views(_truths(table)),
         "uncertified": any(row.status == "uncertified" for row in table.rows),
+    }
+
+
+def _standing_view(standing: Standing, top: float) -> dict[str, Any]:
+    names = ("wasted_nats", "reward", "kl_prior", "own_kl")
+    reverse = standing.columns.get("reverse_kl")
+    return {
+        "rank": _place_text(standing.rank),
+        "label": plain(standing.method) or "unnamed",
+        "seeds": len(standing.seeds),
+        "reverse": figure_text(reverse.value if reverse else None),
+        "interval": _ends_text(reverse),
+        "status": reverse.status if reverse else "",
+        "reason": plain(reverse.reason) if reverse else "",
+        "bar": _bar_of(reverse, None, top),
+        "cells": [
+            (n, figure_text(f.value if (f := standing.columns.get(n)) else None), _ends_text(standing.columns.get(n))) for n in names
+        ],
     }
 
 
@@ -606,12 +708,15 @@ def _place(x: float, top: float) -> float:
 
 def _bar(row: Row, top: float) -> dict[str, str] | None:
     """Where the dot and the line of an interval mark stand, in percent; the line of an uncertified figure is its bracket."""
-    figure = row.estimate("reverse_kl")
+    return _bar_of(row.estimate("reverse_kl"), row.bracket, top)
+
+
+def _bar_of(figure: Estimate | None, bracket: tuple[float, float | None] | None, top: float) -> dict[str, str] | None:
     if figure is None or figure.value is None:
         return None
     low, high = figure.low, figure.high
     if low is None or high is None:
-        low, high = row.bracket or (None, None)
+        low, high = bracket or (None, None)
         high = top if low is not None and high is None else high
     out = {"dot": f"{_place(figure.value, top):.2f}", "beyond": "beyond" if figure.value > top else ""}
     if low is not None and high is not None:

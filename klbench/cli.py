@@ -32,7 +32,7 @@ app = typer.Typer(
 leaderboard = typer.Typer(help="Pages from records.", rich_markup_mode=None, no_args_is_help=False)
 app.add_typer(leaderboard, name="leaderboard")
 
-KINDS: Final = ("tasks", "objectives", "samplers", "priors", "suites")
+KINDS: Final = ("tasks", "objectives", "samplers", "priors", "suites", "claims")
 
 Prior = Annotated[str, typer.Option(help="name (mini), directory or hub name of the prior")]
 Include = Annotated[list[Path] | None, typer.Option(help="directory with objectives of your own; may be repeated")]
@@ -215,6 +215,30 @@ def accuracy(
 
 
 @app.command()
+def claims(
+    claim: Annotated[list[str] | None, typer.Argument(metavar="[ID]...", help="claims by id, as C06  [default: all]")] = None,
+    tier: Annotated[str, typer.Option(help="exact (sums over every outcome) or quick (the mini prior)")] = "exact",
+    workers: Annotated[int | None, typer.Option(min=1, help="processes  [default: the cores]")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder of claims.json and index.html")] = None,
+) -> None:
+    """Rerun the literature's statements, each with a verdict. Exit 1 where a verdict is not the expected one."""
+    from rich.console import Console
+
+    from klbench import claims as rerun
+    from klbench.claims import report
+    from klbench.progress import Progress
+
+    asked = " ".join(["klbench claims", *(claim or ()), *(["--tier", tier] if tier != "exact" else [])])
+    with Progress(Console(stderr=True)) as progress:
+        lines = rerun.run(claim or (), tier, workers, on_event=progress)
+    report.show(lines, _console())
+    if out is not None:
+        report.write(lines, out, asked)
+    if not all(line.sound for line in lines):
+        raise typer.Exit(1)
+
+
+@app.command()
 def ls(kind: Annotated[str, typer.Argument(help=" | ".join(KINDS))]) -> None:
     """What is there."""
     if kind not in KINDS:
@@ -233,11 +257,17 @@ def ls(kind: Annotated[str, typer.Argument(help=" | ".join(KINDS))]) -> None:
         from klbench import method
 
         found = ((name, method.objective(name)) for name in method.names("objectives"))
-        _table(["objective", "optimum", "source"], ([name, o.optimum, o.source] for name, o in found))
-    else:
+        _table(["objective", "optimum", "trained on", "paper"], ([name, o.optimum, method.needed(o), o.source] for name, o in found))
+    elif kind == "samplers":
         from klbench import method
 
-        _table(["sampler", "source"], ([name, method.sampler(name).source] for name in method.names("samplers")))
+        made = ((name, method.sampler(name)) for name in method.names("samplers"))
+        _table(["sampler", "law", "needs", "paper"], ([name, *method.described(s), s.source] for name, s in made))
+    else:
+        from klbench import claims
+
+        rows = ([c.id, c.tier, c.expected, c.statement, c.source] for c in claims.catalogue().values())
+        _table(["claim", "tier", "expected", "statement", "paper"], rows)
 
 
 @app.command()

@@ -26,7 +26,7 @@ from torch import Tensor
 from klbench.errors import UserError
 from klbench.estimate import Array
 from klbench.estimators.diversity import SET
-from klbench.method import AbstractSampler, ClosedForm, RewardLaw
+from klbench.method import AbstractSampler, AbstractSteering, ClosedForm, RewardLaw, TiltedForm
 from klbench.policies.causal_lm import CausalLM
 from klbench.policies.tabular import Tabular, sequences
 from klbench.target import Policy, TiltedPrior, WithoutDensity, evaluate
@@ -237,8 +237,8 @@ def _bodies(outcomes: Outcomes) -> NDArray[np.int64]:
 
 
 def truths(
-    policy: Policy | AbstractSampler | WithoutDensity, task: AbstractTask, prior: Policy, target: TiltedPrior, prompts: Sequence[str],
-    length: int, objective: object = None, samples: int = 0,
+    policy: Policy | AbstractSampler | AbstractSteering | WithoutDensity, task: AbstractTask, prior: Policy, target: TiltedPrior,
+    prompts: Sequence[str], length: int, objective: object = None, samples: int = 0,
 ) -> dict[str, float]:  # fmt: skip
     """Column -> its exact value, nats where it has a unit; those of the target alone for a policy without a density.
 
@@ -262,7 +262,7 @@ def truths(
     phi = None if feature is None else every.values(feature[0])
     if phi is not None:
         found["moments_target"] = (p * phi).sum(1)
-    if not isinstance(policy, WithoutDensity):
+    if not isinstance(policy, WithoutDensity | AbstractSteering):
         log_q = every.log_q(policy, target)
         q = np.exp(log_q)
         spent, log_m = kl(log_q, log_p0), np.logaddexp(log_q, log_p) - math.log(2)
@@ -292,6 +292,9 @@ def truths(
         if isinstance(objective, ClosedForm):
             ratio = np.stack([objective.own(row, every.law_of_reward(i), target.beta, samples) for i, row in enumerate(reward)])
             found["own_kl"] = kl(log_q, log_p0 + ratio)
+        if isinstance(objective, TiltedForm):
+            own = log_p0 + np.stack([objective.own_tilt(p, r, target.beta, samples) for p, r in zip(log_p0, reward, strict=True)])
+            found["own_kl"] = kl(log_q, own - logsumexp(own, axis=1, keepdims=True))
     out = {name: float(np.mean(value)) for name, value in found.items()}
     for name, value in out.items():
         if math.isnan(value):

@@ -7,7 +7,8 @@ every expectation is a finite sum, and a wrong sign, a wrong beta, a dropped cor
 many orders above rounding. An objective may offer two methods beyond its contract, and is held to what they say:
 
     stated(log_q [S], log_p0 [S], reward [S], beta, draws) -> scalar    whose gradient is that of the expected loss, up to a positive factor
-    own(reward [N], law: RewardLaw, beta, draws) -> [N]                 log of its optimum over p0; required where optimum is "own"
+    own(reward [N], law: RewardLaw, beta, draws) -> [N]                 log of its optimum over p0; required where optimum is "own",
+                                                                        or own_tilt where that reads more than the reward
 
 A state entry called "log_z" is an objective's own estimate of log Z per prompt and "seen" the draws behind it: the law on the
 gradient sets both to the truth, the law on the optimum starts from the first visit too.
@@ -28,8 +29,17 @@ from torch import Tensor
 from klbench.batch import Batch
 from klbench.errors import UserError
 from klbench.estimate import Array
-from klbench.method import AbstractDecoding, AbstractSampler, AbstractStatefulObjective, ClosedForm, Objective, RewardLaw, State
-from klbench.policies.tabular import Tabular
+from klbench.method import (
+    AbstractDecoding,
+    AbstractSampler,
+    AbstractStatefulObjective,
+    ClosedForm,
+    Objective,
+    RewardLaw,
+    State,
+    TiltedForm,
+)  # fmt: skip
+from klbench.policies.tabular import Tabular, sequences
 
 EXACT: Final = 1e-6  # largest gap of a law that holds; central differences are good to about 1e-8
 SEEN: Final = 1e-3  # least gap that a wrong ingredient must open
@@ -82,6 +92,20 @@ class World:
         """[P, S] float64."""
         return torch.tensor(self.reward, dtype=torch.float64)
 
+    @property
+    def features(self) -> Tensor:
+        """[P, S, T, D] one-hot of the prompt and the prefix before each token: a critic on them can be any function of the prefix."""
+        tokens, _ = sequences(self.vocabulary, self.length, 0)
+        prefixes = {row: i for i, row in enumerate(dict.fromkeys((t, *x[:t]) for x in tokens.tolist() for t in range(self.length)))}
+        at = torch.tensor([[prefixes[(t, *x[:t])] for t in range(self.length)] for x in tokens.tolist()])
+        prompts, here = len(self.counts), torch.nn.functional.one_hot(at, len(prefixes)).double()
+        return torch.stack([torch.cat([here * (p == i) for i in range(prompts)], 2) for p in range(prompts)])
+
+    @property
+    def top(self) -> Tensor:
+        """[P] the most that a prompt can earn."""
+        return self.rewards.amax(1)
+
     def law(self, prompt: int) -> RewardLaw:
         """The reward's law under the prior."""
         return RewardLaw.of(np.array(self.reward[prompt]), np.array(self.counts[prompt]))
@@ -99,7 +123,7 @@ WORLDS: Final = (
 
 def fresh_state(objective: Objective, world: World) -> State | None:
     """The state before the first step, None for an objective without memory."""
-    return objective.init(len(world.counts)) if isinstance(objective, AbstractStatefulObjective) else None
+    return objective.init(len(world.counts), world.features.shape[3]) if isinstance(objective, AbstractStatefulObjective) else None
 
 
 def settled_state(objective: Objective, world: World, beta: float) -> State | None:
@@ -121,7 +145,8 @@ def expected_gradient(objective: Objective, world: World, logits: Tensor, beta: 
     policy, prior = world.policy(logits), world.policy(world.log_p0)
     every, kl_token = policy.enumerate(), policy.kl_token(prior)
     before = prior.enumerate().log_prob
-    drawn = before if objective.draws == "prior" else every.log_prob.detach()
+    mine = torch.arange(world.draws) >= {"policy": 0, "both": world.draws // 2, "prior": world.draws}[objective.draws]
+    features = world.features if objective.needs_features else None
     # an objective that says it needs no prior gets none: a read of it shows up as NaN
     given = before if objective.needs_prior else torch.full_like(before, torch.nan)
     prompts, answers = world.rewards.shape
@@ -129,6 +154,7 @@ def expected_gradient(objective: Objective, world: World, logits: Tensor, beta: 
     at = row[:, None]
     for group in product(range(answers), repeat=prompts * world.draws):
         d = torch.tensor(group).reshape(prompts, world.draws)
+        drawn = torch.where(mine[:, None], every.log_prob.detach()[at, d], before[at, d])
         batch = Batch(
             tokens=every.tokens[d],
             mask=every.mask[d],
@@ -136,9 +162,12 @@ def expected_gradient(objective: Objective, world: World, logits: Tensor, beta: 
             log_p0=given[at, d],
             reward=world.rewards[at, d],
             log_weight=torch.zeros(d.shape, dtype=torch.float64),
-            old_log_q=drawn[at, d],
-            kl_token=kl_token[at, d],
+            old_log_q=drawn,
             prompt=row,
+            top=world.top,
+            own=mine.expand(d.shape),
+            kl_token=kl_token[at, d] if objective.needs_kl else None,
+            features=None if features is None else features[at, d],
         )
         if isinstance(objective, AbstractStatefulObjective):
             if state is None:
@@ -146,7 +175,7 @@ def expected_gradient(objective: Objective, world: World, logits: Tensor, beta: 
             loss, _ = objective.loss(batch, beta, state)
         else:
             loss = objective.loss(batch, beta)
-        total = total + drawn[at, d].sum().exp() * loss
+        total = total + drawn.sum().exp() * loss
     if not total.requires_grad:
         return torch.zeros_like(logits.detach())
     (gradient,) = torch.autograd.grad(total, logits, allow_unused=True)
@@ -177,6 +206,9 @@ def optimum(objective: Objective, world: World, beta: float) -> Tensor | None:
         return None
     if objective.optimum != "own":
         raise UserError(f"optimum {objective.optimum!r} of {type(objective).__name__} is none of target, own, none")
+    if isinstance(objective, TiltedForm):
+        tilts = [objective.own_tilt(p0, r, beta, world.draws) for p0, r in zip(world.log_p0.numpy(), world.rewards.numpy(), strict=True)]
+        return (world.log_p0 + torch.from_numpy(np.stack(tilts))).log_softmax(1)
     if not isinstance(objective, ClosedForm):
         raise UserError(f"{type(objective).__name__} declares an optimum of its own and has no method own(reward, law, beta, draws)")
     rows = [objective.own(np.array(r), world.law(p), beta, world.draws) for p, r in enumerate(world.reward)]

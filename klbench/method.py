@@ -2,8 +2,8 @@
 
 One paper, one file: the module `klbench/objectives/<name>.py` holds one class whose docstring gives formula, gradient, optimum and
 source. `objective(name)` and `sampler(spec)` load by name; a third party's come from entry points `klbench.objectives` and
-`klbench.samplers`, or from a file named with `--include`. A sampler is one of two kinds: it picks among whole outputs of the prior, or,
-a decoding, it changes each next-token law.
+`klbench.samplers`, or from a file named with `--include`. A sampler is of one of four kinds: it picks among whole outputs of the prior;
+or, a decoding, it changes each next-token law; or, a blend, it mixes those of two models; or it steers the prior token by token.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import pkgutil
 import re
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar, final, runtime_checkable
+from typing import Any, ClassVar, Final, Protocol, TypeVar, final, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,7 @@ from torch import Tensor
 from klbench.batch import Batch
 from klbench.errors import UserError, unknown
 from klbench.estimate import Array
+from klbench.target import Draws, Steerable, TiltedPrior
 
 State = dict[str, Tensor]
 
@@ -38,13 +40,19 @@ class AbstractObjective(ABC):
 
     optimum: ClassVar[str]
     source: ClassVar[str]
-    draws: ClassVar[str] = "policy"  # whose draws it trains on: "policy" (fresh ones each step) or "prior"
+    draws: ClassVar[str] = "policy"  # whose it trains on: "policy" (fresh each step), "prior", or "both" (first half the prior's)
+    feedback: ClassVar[str] = (
+        "reward"  # what it is told of a draw: "reward", "pairs" (which of two is better) or "success" (right or wrong)
+    )
     needs_prior: ClassVar[bool] = True  # False spares the prior's pass
+    needs_kl: ClassVar[bool] = False  # True: `batch.kl_token`
+    needs_features: ClassVar[bool] = False  # True: `batch.features`
+    controls: ClassVar[tuple[str, str] | None] = None  # two texts before the prompt: `log_q` is under the first, `other_log_q` the second
     epochs: ClassVar[int] = 1  # optimiser steps on one batch of draws
 
     @abstractmethod
     def loss(self, batch: Batch, beta: float) -> Tensor:
-        """Scalar to minimise; the trainer differentiates it through `batch.log_q` (and `batch.kl_token`)."""
+        """Scalar to minimise; the trainer differentiates it through `batch.log_q`, `batch.kl_token` and `batch.other_log_q`."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +62,17 @@ class AbstractStatefulObjective(ABC):
     optimum: ClassVar[str]
     source: ClassVar[str]
     draws: ClassVar[str] = "policy"
+    feedback: ClassVar[str] = "reward"
     needs_prior: ClassVar[bool] = True
+    needs_kl: ClassVar[bool] = False
+    needs_features: ClassVar[bool] = False
+    controls: ClassVar[tuple[str, str] | None] = None
     epochs: ClassVar[int] = 1
     state_lr: ClassVar[float] = 0.1  # learning rate of the trained part of the state
 
     @abstractmethod
-    def init(self, prompts: int) -> State:
-        """The state before the first step, for a train split of so many prompts."""
+    def init(self, prompts: int, width: int) -> State:
+        """The state before the first step, for a train split of so many prompts and features of that width (0: none asked for)."""
 
     @abstractmethod
     def loss(self, batch: Batch, beta: float, state: State) -> tuple[Tensor, State]:
@@ -117,6 +129,31 @@ class ClosedForm(Protocol):
         ...
 
 
+@runtime_checkable
+class TiltedForm(Protocol):
+    """An objective with an optimum of its own that reads more of an answer than its reward."""
+
+    def own_tilt(self, log_p0: Array, reward: Array, beta: float, draws: int) -> Array:
+        """[N] log of the optimum over p0, up to a constant a prompt."""
+        ...
+
+
+def needed(objective: Objective) -> str:
+    """The data that an objective is trained on, in words."""
+    told = {"reward": "their rewards", "pairs": "which of two is better", "success": "which are right"}[objective.feedback]
+    drawn = {"policy": "its own draws", "prior": "prior draws", "both": "prior and own draws"}[objective.draws]
+    return f"{drawn}, {told}"
+
+
+def described(sampler: Sampler) -> tuple[str, str]:
+    """What is known of a sampler's law, and what it works on, in words."""
+    if isinstance(sampler, AbstractSampler):
+        return ("the posterior" if sampler.draws_target else "prior x function of the reward", "prior draws and their rewards")
+    if isinstance(sampler, AbstractSteering):
+        return ("no density", "the prior, token by token, and the reward")
+    return ("next-token laws", "the policy's and the prior's" if isinstance(sampler, AbstractBlend) else "a policy's")
+
+
 @dataclass(frozen=True)
 class AbstractSampler(ABC):
     """A decoding-time policy q(x) = p0(x) g(r(x)): it changes the prior by a function of the reward alone.
@@ -156,6 +193,44 @@ class AbstractDecoding(ABC):
     @abstractmethod
     def law(self, log_probs: Tensor) -> Tensor:
         """[..., V] log-probabilities of the next token to those of the decoded law: normalised, -inf where truncated, dtype kept."""
+
+
+@dataclass(frozen=True)
+class AbstractBlend(ABC):
+    """A decoding-time mixture of two models: each next-token law is a function of the policy's and of the prior's. It has a density."""
+
+    source: ClassVar[str]
+
+    @abstractmethod
+    def law(self, log_q: Tensor, log_p0: Tensor) -> Tensor:
+        """[..., V] log-probabilities of the next token under both to those of the mixture: normalised, dtype kept."""
+
+
+@dataclass(frozen=True)
+class Steered:
+    """What a steering gives. log_z [P, runs]: unbiased estimates of Z in logs, None where it makes none.
+
+    weight [P, N]: log-weights with which the draws stand for p*, 0 where they are draws as they are.  prior_tokens: tokens that the prior
+    wrote in all; reward_calls likewise.
+    """
+
+    draws: Draws
+    weight: Array
+    log_z: Array | None
+    prior_tokens: int
+    reward_calls: int
+
+
+@dataclass(frozen=True)
+class AbstractSteering(ABC):
+    """A decoding-time policy that runs the prior step by step and looks at the reward or a value on the way: nobody knows its density."""
+
+    source: ClassVar[str]
+    why: ClassVar[str]  # why its density is not known, for people
+
+    @abstractmethod
+    def steer(self, prior: Steerable, target: TiltedPrior, prompts: Sequence[str], draws: int, length: int, seed: int) -> Steered:
+        """`draws` draws of each prompt, independent of each other; the same seed gives the same."""
 
 
 Found = TypeVar("Found", bound=type)
@@ -208,14 +283,18 @@ def objective(name: str, include: tuple[Path, ...] = ()) -> Objective:
     return loaded
 
 
-def sampler(spec: str, include: tuple[Path, ...] = ()) -> AbstractSampler | AbstractDecoding:
+Sampler = AbstractSampler | AbstractDecoding | AbstractBlend | AbstractSteering
+SAMPLERS: Final = (AbstractSampler, AbstractDecoding, AbstractBlend, AbstractSteering)
+
+
+def sampler(spec: str, include: tuple[Path, ...] = ()) -> Sampler:
     """`best_of_n:16` is the class of `best_of_n` with its first field 16, `temperature:0.7` a decoding with its first field 0.7.
 
     What may stand after the colon is the type of that field: int a whole number, float any. Raises UserError with the nearest name.
     """
     name, _, argument = spec.partition(":")
-    made = _load("samplers", "sampler", name, (AbstractSampler, AbstractDecoding), include)
-    loaded: AbstractSampler | AbstractDecoding = made(_argument(spec, made, argument)) if argument else made()
+    made = _load("samplers", "sampler", name, SAMPLERS, include)
+    loaded: Sampler = made(_argument(spec, made, argument)) if argument else made()
     return loaded
 
 

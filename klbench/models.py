@@ -4,7 +4,8 @@
 
 BASE: a shipped prior's name, a directory in Hugging Face format, `owner/name` on a hub, or `prior`, the prior that was given.
 ADAPTER: a directory or hub name of a PEFT adapter; alone it stands on the base that it names, where that is a directory, else on the prior.
-DECODING: `temperature:0.7`, `top_p:0.9`, or `system:FILE`, a system prompt read from a text file; they apply in the order written.
+DECODING: `temperature:0.7`, `top_p:0.9`, or `system:FILE`, a system prompt read from a text file; they apply in the order written. A blend
+(`realignment:0.5`) mixes the policy with the prior and comes first.
 A path that exists as a whole is that path, whatever + and @ it holds; of `prior` and `mini` the directory is ./prior and ./mini. Beyond
 text: transformers models in memory, klbench policies, samplers and decodings, and objects that only draw.
 
@@ -23,8 +24,9 @@ from typing import Any, Final, final
 
 from klbench import method
 from klbench.errors import UserError, unknown
-from klbench.method import AbstractDecoding, AbstractSampler
+from klbench.method import AbstractBlend, AbstractDecoding, AbstractSampler, AbstractSteering
 from klbench.policies import adapters, causal_lm
+from klbench.policies.blended import Blended
 from klbench.policies.causal_lm import CausalLM
 from klbench.policies.passes import HALF
 from klbench.priors import SHIPPED, prior_path
@@ -34,7 +36,7 @@ PRIOR: Final = "prior"
 SYSTEM: Final = "system"
 HUB: Final = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
-Opened = Policy | AbstractSampler | WithoutDensity
+Opened = Policy | AbstractSampler | AbstractSteering | WithoutDensity
 
 
 @final
@@ -44,7 +46,7 @@ class Spec:
 
     base: str
     adapter: str = ""
-    decodings: tuple[AbstractDecoding, ...] = ()
+    decodings: tuple[AbstractDecoding | AbstractBlend, ...] = ()
     system: str | None = None
 
     @classmethod
@@ -87,10 +89,10 @@ def _samplers(include: tuple[Path, ...]) -> list[str]:
 def _names_decoding(text: str, include: tuple[Path, ...]) -> bool:
     """Whether text starts with the name of a decoding."""
     name = re.split("[:,]", text, maxsplit=1)[0].replace("-", "_")
-    return name == SYSTEM or (name in _samplers(include) and isinstance(method.sampler(name, include), AbstractDecoding))
+    return name == SYSTEM or (name in _samplers(include) and isinstance(method.sampler(name, include), AbstractDecoding | AbstractBlend))
 
 
-def _decodings(text: str, include: tuple[Path, ...]) -> tuple[tuple[AbstractDecoding, ...], str | None]:
+def _decodings(text: str, include: tuple[Path, ...]) -> tuple[tuple[AbstractDecoding | AbstractBlend, ...], str | None]:
     """Decodings in order, and the system prompt. A comma in the name of a file is one where no decoding's name follows."""
     parts: list[str] = []
     for part in text.split(","):
@@ -98,7 +100,7 @@ def _decodings(text: str, include: tuple[Path, ...]) -> tuple[tuple[AbstractDeco
             parts[-1] += f",{part}"
         else:
             parts.append(part)
-    found: list[AbstractDecoding] = []
+    found: list[AbstractDecoding | AbstractBlend] = []
     system = None
     for part in parts:
         name, _, argument = part.partition(":")
@@ -108,8 +110,8 @@ def _decodings(text: str, include: tuple[Path, ...]) -> tuple[tuple[AbstractDeco
             system = _system(argument)
             continue
         made = method.sampler(part, include)
-        if not isinstance(made, AbstractDecoding):
-            raise UserError(f"{part!r} picks among whole outputs of the prior: it stands alone, not behind an @")
+        if not isinstance(made, AbstractDecoding | AbstractBlend):
+            raise UserError(f"{part!r} draws from the prior by itself: it stands alone, not behind an @")
         found.append(made)
     return tuple(found), system
 
@@ -151,7 +153,7 @@ def open_policy(
     The prior itself comes back for `prior` and `ancestral`. A WithoutDensity comes back where no probability can be computed. include:
     directories with samplers of the user's own. Raises UserError, of one line that names `name` or the thing, for whatever is no policy.
     """
-    if isinstance(spec, AbstractSampler | WithoutDensity):
+    if isinstance(spec, AbstractSampler | AbstractSteering | WithoutDensity):
         return spec
     hands = _Hands(name, prior, device, chat, tokenizer, trust_remote_code)
     if isinstance(spec, AbstractDecoding):
@@ -163,7 +165,7 @@ def open_policy(
         alone = text.partition(":")[0].replace("-", "_") in _samplers(include) and not Path(text).exists()
         if alone and not _names_decoding(text, include):
             made = method.sampler(text, include)
-            assert isinstance(made, AbstractSampler)
+            assert isinstance(made, AbstractSampler | AbstractSteering)
             return prior if text == "ancestral" else made
         parsed = Spec.parse(text, include)
         return prior if parsed == Spec(PRIOR) else _beside(prior, hands.text(parsed))
@@ -209,7 +211,9 @@ class _Hands:
     def text(self, spec: Spec) -> CausalLM:
         """Of text, taken apart."""
         if spec.base == PRIOR and not spec.adapter:
-            return self._prior().prompted(self.name, spec.system, spec.decodings)
+            if any(isinstance(x, AbstractBlend) for x in spec.decodings):
+                raise UserError(f"{self.name}: a blend mixes a policy with the prior: write POLICY@{self.name.rpartition('@')[2]}")
+            return self._prior().prompted(self.name, spec.system, [x for x in spec.decodings if isinstance(x, AbstractDecoding)])
         base, adapter = spec.base, spec.adapter
         if not adapter and adapters.is_adapter(Path(base)):
             if any(Path(base).glob("model*.safetensors")):
@@ -224,15 +228,20 @@ class _Hands:
             place = self._place(base)
             where, beside = causal_lm.device_of(self.device or "cpu"), None
             model = causal_lm.model_of(place, self.name, trust_remote_code=self.trust)
+            spec = replace(spec, system=spec.system or causal_lm.system_of(place))
             if not Path(place).is_dir() or causal_lm.has_tokenizer(Path(place)):
                 beside = place
         if folder is not None:
             model = adapters.merged(base, model, folder)
             beside = folder if causal_lm.has_tokenizer(folder) else beside
         words, notes = self._words(beside, base)
-        return causal_lm.settled(
-            self.name, model.to(where).eval(), words, chat=self.chat, system=spec.system, decodings=spec.decodings, notes=notes
-        )
+        model = model.to(where).eval()
+        for blend in (x for x in spec.decodings if isinstance(x, AbstractBlend)):
+            if isinstance(spec.decodings[0], AbstractDecoding):
+                raise UserError(f"{self.name}: a blend mixes two models as they are: it comes before other decodings")
+            model = Blended(model, self._prior().model, blend).eval()
+        decodings = tuple(x for x in spec.decodings if isinstance(x, AbstractDecoding))
+        return causal_lm.settled(self.name, model, words, chat=self.chat, system=spec.system, decodings=decodings, notes=notes)
 
     def _prior(self) -> CausalLM:
         if self.prior is None:

@@ -66,7 +66,13 @@ class Strict(BaseModel):
 
 
 class Train(Strict):
-    """How a policy is trained. lr: Adam's, falling linearly to a tenth; prompts x samples draws a step."""
+    """How a policy is trained. lr: Adam's, falling linearly to a tenth; prompts x samples draws a step.
+
+    search: multiples of lr, each trained for the same steps; the policy nearest on the dev split is kept (klbench/probe.py).
+    curve: how often reverse_kl and wasted_nats are measured on the way.
+    """
+
+    LATER: ClassVar[tuple[str, ...]] = ("search", "curve")
 
     steps: int = Field(40, ge=0)
     prompts: int = Field(16, ge=1)
@@ -74,6 +80,8 @@ class Train(Strict):
     lr: float = Field(1e-4, ge=0)
     dtype: Literal["float32", "bfloat16"] = "float32"
     checkpoint_every: int = Field(20, ge=1)
+    search: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = ()
+    curve: int = Field(0, ge=0)
 
 
 class Score(Strict):

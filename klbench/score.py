@@ -9,8 +9,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
+import os
 import platform
 import resource
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,14 +26,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from klbench import bank as banks
-from klbench import estimate, exact, measure, method, models, pool, streams, weights
+from klbench import estimate, exact, measure, method, models, pool, probe, streams, weights
 from klbench import task as tasks
 from klbench.bank import Bank
-from klbench.errors import unknown
+from klbench.errors import UserError, unknown
 from klbench.estimate import BLOCKS, Array, Estimate, Jackknife
 from klbench.estimators import diversity, entropy, forgetting
 from klbench.estimators.control import bounded_mean, with_few
-from klbench.method import AbstractSampler, ClosedForm, RewardLaw
+from klbench.method import AbstractSampler, ClosedForm, RewardLaw, TiltedForm
 from klbench.policies.causal_lm import CausalLM
 from klbench.pool import Pool
 from klbench.priors import SHIPPED, prior_path
@@ -38,8 +41,9 @@ from klbench.record import FrontierPoint, Record, Run, Sample, Score, digest, wr
 from klbench.sheet import Law, Sheet
 from klbench.target import Policy, TiltedPrior, evaluate
 from klbench.task import AbstractTask
-from klbench.train import Curve, Report, train
+from klbench.train import Curve, Measure, Report, train
 
+RATE: Final = "learning_rate"  # file beside a policy whose rate was searched for
 OWN: Final = "policy"  # a run's policy on its sheet
 NEED_DENSITY: Final = (  # columns that a policy without a density lacks
     "kl_prior", "reverse_kl", "forward_kl", "tv", "js", "chi2", "wasted_nats", "beta_implied", "kl_efficiency", "forgetting", "entropy",
@@ -77,11 +81,13 @@ def cell(run: Run, out: Path, report: Report, include: tuple[Path, ...] = (), de
     bank = banks.open_bank(task, prior, target, out / "banks", run.score.prior_draws)
     started, policy = time.perf_counter(), None
     curve: Curve = []
+    notes: list[str] = []
     if run.kind == "objective":
-        policy, curve = train(run, task, prior, out / "policies" / run.id, report, include)
+        policy, curve, notes = trained_policy(run, task, prior, target, bank, out, report, include)
     trained = time.perf_counter()
     report({"phase": "score", "step": 0, "of": 1})
     record, samples = score_run(run, task, prior, target, policy, bank, curve, include)
+    record = record.model_copy(update={"notes": [*record.notes, *notes]})
     write_atomically(out / "samples" / f"{run.id}.npz", samples)
     machine = {
         "seconds_train": round(trained - started, 3),
@@ -93,6 +99,57 @@ def cell(run: Run, out: Path, report: Report, include: tuple[Path, ...] = (), de
     record = record.model_copy(update={"cost": {**record.cost, "machine": machine}})
     write_atomically(out / "records" / f"{run.id}.json", record.to_json().encode())
     report({"phase": "score", "step": 1, "of": 1})
+
+
+def trained_policy(
+    run: Run, task: AbstractTask, prior: CausalLM, target: TiltedPrior, bank: Bank, out: Path, report: Report, include: tuple[Path, ...]
+) -> tuple[Policy, Curve, list[str]]:
+    """The policy of an objective, its curve, and which learning rate was chosen where there was a choice.
+
+    Every rate is trained for the same steps on the same draws' seeds; the nearest on the dev split is kept. A rate at which the loss is not
+    finite is passed over. Raises UserError where none is left.
+    """
+    settings, folder = run.train, out / "policies" / run.id
+    assert settings is not None
+    prompts = task.prompts("score")[: run.score.prompts or None]
+    measure = probe.Curve(run, prior, target, prompts, bank.first(len(prompts))) if settings.curve else None
+    if not settings.search:
+        return *train(run, task, prior, folder, report, include, measure), []
+    if not (folder / RATE).is_file():
+        _search(run, task, prior, target, folder, report, include, measure)
+    rate = float((folder / RATE).read_text())
+    policy, curve = train(run, task, prior, folder, report, include, measure)  # reads what lies there
+    for place in folder.parent.glob(f".{run.id}.rate*"):
+        shutil.rmtree(place, ignore_errors=True)
+    return policy, curve, [f"learning rate {rate:.3g}, the nearest of {len(settings.search)} on the dev split"]
+
+
+def _search(
+    run: Run, task: AbstractTask, prior: CausalLM, target: TiltedPrior, folder: Path, report: Report, include: tuple[Path, ...],
+    measure: Measure | None,
+) -> None:  # fmt: skip
+    """Trains every learning rate and leaves the nearest policy in `folder`, with its rate beside it."""
+    settings = run.train
+    assert settings is not None
+    search = probe.Search.of(run, method.objective(run.method, include), task, prior, target)
+    tried: dict[float, tuple[float, Path]] = {}
+    why = ""
+    for i, factor in enumerate(settings.search):
+        rate = settings.lr * factor
+        one = run.model_copy(update={"train": settings.model_copy(update={"lr": rate, "search": ()})})
+        place = folder.with_name(f".{run.id}.rate{i}")
+        try:
+            policy, _ = train(one, task, prior, place, report, include, measure)
+        except UserError as error:
+            why = str(error)
+            continue
+        tried[rate] = search.free(policy), place
+    if not tried:
+        raise UserError(f"{run.id}: no learning rate of {len(settings.search)} gave a finite loss; the last: {why}")
+    best = min(tried, key=lambda rate: tried[rate][0])
+    (tried[best][1] / RATE).write_text(f"{best!r}\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(tried[best][1], folder)
 
 
 def score_run(
@@ -112,7 +169,7 @@ def score_run(
             columns["own_kl"] = own
     draws = rows.log_q.size
     cost = {
-        "train_draws": 0 if run.train is None else run.train.steps * min(run.train.prompts, len(task.prompts("train"))) * run.train.samples,
+        "train_draws": _train_draws(run, task),
         "train_tokens": int(curve[-1]["tokens"]) if curve else 0,
         "score_draws": draws,
         "prior_draws": law.prior_draws,
@@ -138,6 +195,13 @@ def score_run(
         truths=truths,
     )
     return record, data
+
+
+def _train_draws(run: Run, task: AbstractTask) -> int:
+    """Draws that training saw, of all learning rates that were tried."""
+    if run.train is None:
+        return 0
+    return run.train.steps * min(run.train.prompts, len(task.prompts("train"))) * run.train.samples * max(1, len(run.train.search))
 
 
 def figures(
@@ -296,16 +360,22 @@ def accepted(bank: Bank, target: TiltedPrior, prompts: Sequence[str]) -> NDArray
 def own_kl(run: Run, sheet: Sheet, include: tuple[Path, ...]) -> Estimate | None:
     """KL(q || the objective's own optimum), where it has a closed form: the pool's reverse KL with the optimum's log-ratio as tilt."""
     objective = method.objective(run.method, include)
-    if not isinstance(objective, ClosedForm) or run.train is None:
+    if run.train is None or not isinstance(objective, ClosedForm | TiltedForm):
         return None
     bank, tops, samples = sheet.bank, sheet.tops, run.train.samples
+    own, on_bank = sheet.rows(OWN, OWN), sheet.rows(OWN, "")
+    if isinstance(objective, TiltedForm):  # it reads more than the reward: nothing says what its most is
+        tilt = lambda log_p0, reward: objective.own_tilt(log_p0, reward, run.beta, samples)  # noqa: E731
+        own, on_bank = (replace(rows, reward=tilt(rows.log_p0, rows.reward)) for rows in (own, on_bank))
+        rest = tilt(bank.log_p0, bank.reward)[:, on_bank.reward.shape[1] :]
+        return Pool(own, on_bank, rest, np.full(len(tops), math.inf)).columns(1.0)[0]["reverse_kl"]
     laws = [RewardLaw.of(row) for row in bank.reward]
 
     def tilted(reward: Array) -> Array:
         return np.stack([objective.own(r, law, run.beta, samples) for r, law in zip(reward, laws, strict=True)])
 
     top = np.maximum(tilted(bank.reward).max(1), tilted(tops[:, None])[:, 0] if np.isfinite(tops).all() else -np.inf)
-    own, on_bank = (replace(rows, reward=tilted(rows.reward)) for rows in (sheet.rows(OWN, OWN), sheet.rows(OWN, "")))
+    own, on_bank = (replace(rows, reward=tilted(rows.reward)) for rows in (own, on_bank))
     rest = sheet.rest
     return Pool(own, on_bank, tilted(rest) if rest.shape[1] else rest, top).columns(1.0)[0]["reverse_kl"]
 

@@ -10,6 +10,7 @@ densities on every row: linear in policies, since a pool has at most eight membe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, final
@@ -23,15 +24,16 @@ from klbench import estimate, streams
 from klbench.bank import Bank
 from klbench.errors import UserError
 from klbench.estimate import Array
-from klbench.method import AbstractSampler, RewardLaw
+from klbench.method import AbstractSampler, AbstractSteering, RewardLaw
 from klbench.models import Opened
 from klbench.policies.causal_lm import CausalLM, token_laws
 from klbench.pool import Pool, Stratum
 from klbench.rows import Rows
-from klbench.target import Draws, Policy, TiltedPrior, WithoutDensity
+from klbench.target import Draws, Policy, Steerable, TiltedPrior, WithoutDensity
 
 PRIOR_CHUNK: Final = 256  # prior draws a prompt that a sampler is fed at a time
 MOST_PRIOR_DRAWS: Final = 65536  # a prompt; a sampler that needs more is refused
+NOT_DENSE: Final = (WithoutDensity, AbstractSampler, AbstractSteering)  # an estimated density weights no mixture
 MEMBERS: Final = 8  # policies of a pool, at most (DESIGN.md section 3)
 
 
@@ -95,6 +97,13 @@ class Sheet:
             law.log_p0 = log_p0 if law.log_p0 is None else np.concatenate([law.log_p0, log_p0], 1)
             law.prior_draws += used
             texts = self.prior.decode(new.tokens, new.mask)
+        elif isinstance(law.policy, AbstractSteering):
+            if not isinstance(self.prior, Steerable):
+                raise UserError(f"{name}: {self.prior.name} cannot go on from where a draw stands (no extend, no states)")
+            steered = law.policy.steer(self.prior, self.target, self.prompts, draws, self.length, seed)
+            new, texts = steered.draws, self.prior.decode(steered.draws.tokens, steered.draws.mask)
+            law.prior_draws += math.ceil(steered.prior_tokens / self.length)  # in whole draws' worth of tokens
+            reward = self.target.rewards(self.prompts, texts)
         else:
             assert law.policy is not None
             new = law.policy.sample(self.prompts, draws, self.length, seed)
@@ -110,7 +119,7 @@ class Sheet:
     def why_none(self, name: str) -> str:
         """Why a policy has no density, "" where it has one."""
         policy = self.laws[name].policy
-        return policy.reason if isinstance(policy, WithoutDensity) else ""
+        return policy.reason if isinstance(policy, WithoutDensity) else policy.why if isinstance(policy, AbstractSteering) else ""
 
     def rows(self, name: str, law: str) -> Rows:
         """What policy `name` says of the draws of `law` ("" is the bank's scored part); computed once for each draw."""
@@ -125,7 +134,7 @@ class Sheet:
 
     def _say(self, name: str, law: str, part: slice) -> Rows:
         policy, at = self.laws[name].policy, self.laws[law]
-        assert policy is not None and at.draws is not None and not isinstance(policy, WithoutDensity)
+        assert policy is not None and at.draws is not None and not isinstance(policy, WithoutDensity | AbstractSteering)
         reward = at.reward[:, part]
         if isinstance(policy, AbstractSampler):
             log_p0 = self.rows(law, law).log_p0 if at.log_p0 is None else at.log_p0
@@ -170,7 +179,7 @@ class Sheet:
         The pilot is drawn for this and enters no figure: choosing by the draws that are then averaged would bias them. A sampler's
         density is an estimate, with which no mixture may be weighted.
         """
-        dense = [name for name in names if not isinstance(self.laws[name].policy, WithoutDensity | AbstractSampler)]
+        dense = [name for name in names if not isinstance(self.laws[name].policy, NOT_DENSE)]
         if len(dense) <= most:
             return dense
         found: dict[str, float] = {}

@@ -47,6 +47,22 @@ class Policy(Protocol):
 
 
 @runtime_checkable
+class Steerable(Policy, Protocol):
+    """A policy that can go on from where a draw stands: what SMC, MCMC and controlled decoding steer."""
+
+    def extend(self, prompts: Sequence[str], tokens: Tensor, mask: Tensor, new: int, seed: int) -> Draws:
+        """Draws [P, N, t] with up to `new` more tokens each, [P, N, t + new]: those that have ended (a mask False, or a stop) stay.
+
+        log_q is of the new tokens, and 0 at the given ones.
+        """
+        ...
+
+    def states(self, prompts: Sequence[str], tokens: Tensor, mask: Tensor) -> Tensor:
+        """[P, N, T + 1, D] float32 features of the prefix before each token and of the whole: what a value function is fitted on."""
+        ...
+
+
+@runtime_checkable
 class Drawer(Protocol):
     """The half of a Policy that needs no probability. Of its draws, `log_q` is not read."""
 

@@ -2,6 +2,7 @@
 
 One step takes three passes and no more: the draws (log-probabilities kept as they fall), the prior's teacher-forced pass (spared where
 the objective does not need it, or where the prior made the draws), and the policy's pass with gradient, once an epoch of the objective.
+Further ones are made for an objective that asks for more: next-token laws of both models, a critic's features, a second control prompt.
 Every draw comes from a seed of the run and the step alone, so a run that was killed goes on bit for bit from its checkpoint.
 """
 
@@ -17,6 +18,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -25,19 +27,23 @@ from klbench import method, streams
 from klbench.batch import Batch
 from klbench.errors import UserError
 from klbench.method import AbstractStatefulObjective, Objective, State
-from klbench.policies.causal_lm import CausalLM, load
+from klbench.policies.causal_lm import CausalLM, load, log_probs_and_kl
 from klbench.record import Run
-from klbench.target import TiltedPrior
+from klbench.target import Draws, TiltedPrior
 from klbench.task import AbstractTask
 
 Curve = list[dict[str, float]]
 Report = Callable[[dict[str, Any]], None]
+Measure = Callable[[CausalLM, int], dict[str, float]]
 
 
 def train(
-    run: Run, task: AbstractTask, prior: CausalLM, folder: Path, report: Report = lambda event: None, include: tuple[Path, ...] = ()
-) -> tuple[CausalLM, Curve]:
+    run: Run, task: AbstractTask, prior: CausalLM, folder: Path, report: Report = lambda event: None, include: tuple[Path, ...] = (),
+    measure: Measure | None = None,
+) -> tuple[CausalLM, Curve]:  # fmt: skip
     """The policy of a run and its curve; `folder` holds both when this returns, or held them before.
+
+    measure: what the curve has beside the step's own figures, at `train.curve` steps evenly spread and at the last.
 
     Raises UserError when the loss is not finite (with the step), or when the task has no train split.
     """
@@ -49,7 +55,11 @@ def train(
     objective = method.objective(run.method, include)
     prompts, target = task.prompts("train"), task.target(prior, run.beta)
     policy = prior.with_model(run.id, copy.deepcopy(prior.model))
-    state: State = objective.init(len(prompts)) if isinstance(objective, AbstractStatefulObjective) else {}
+    _refuse(objective, run, target, prompts)
+    if objective.controls is not None:
+        policy = policy.prompted(run.id, objective.controls[0], ())
+    width = prior.passes.hidden if objective.needs_features else 0
+    state: State = objective.init(len(prompts), width) if isinstance(objective, AbstractStatefulObjective) else {}
     own = [t for t in state.values() if t.requires_grad]
     groups: list[dict[str, Any]] = [{"params": list(policy.model.parameters()), "scale": settings.lr}]
     if own:
@@ -63,12 +73,19 @@ def train(
             group["lr"] = group["scale"] * (1 - 0.9 * step / settings.steps)
         row, state = _step(run, objective, policy, prior, target, prompts, state, adam, step)
         row["tokens"] += curve[-1]["tokens"] if curve else 0.0
+        if measure is not None and settings.curve and _measured_at(step, settings.steps, settings.curve):
+            row |= measure(policy, step)
         curve.append(row)
         report({"phase": "train", "step": step + 1, "of": settings.steps, "reward": row["reward"]})
         if (step + 1) % settings.checkpoint_every == 0 and step + 1 < settings.steps:
             _checkpoint(work, step + 1, policy, adam, state, curve)
     _finish(folder, work, policy, curve)
     return policy, curve
+
+
+def _measured_at(step: int, steps: int, times: int) -> bool:
+    """Whether this is the last step of one of `times` equal parts."""
+    return (step + 1) * times // steps > step * times // steps
 
 
 def _step(
@@ -81,26 +98,41 @@ def _step(
     chosen = batch_of(len(prompts), settings.prompts, run.seed, step)
     some = [prompts[i] for i in chosen]
     low = torch.autocast(device.type, torch.bfloat16) if settings.dtype == "bfloat16" else nullcontext()
-    drawer = policy if objective.draws == "policy" else prior
+    theirs = {"policy": 0, "both": settings.samples // 2, "prior": settings.samples}[objective.draws]
     with low:
-        draws = drawer.sample(some, settings.samples, run.max_new_tokens, streams.seed(run.seed, f"train/draws/{run.task}/{step}"))
-        reward = torch.from_numpy(target.rewards(some, drawer.decode(draws.tokens, draws.mask))).float()
+        draws = _drawn(policy, prior, some, settings.samples - theirs, theirs, run, step)
+        reward = torch.from_numpy(target.rewards(some, prior.decode(draws.tokens, draws.mask))).float()
         if not objective.needs_prior:
             log_p0 = torch.zeros_like(draws.log_q)
-        elif drawer is prior:
+        elif objective.draws == "prior":
             log_p0 = draws.log_q
         else:
             log_p0 = prior.log_prob(some, draws.tokens, draws.mask)
+        features = prior.states(some, draws.tokens, draws.mask)[:, :, :-1].to(device) if objective.needs_features else None
     value = 0.0
+    own = (torch.arange(settings.samples) >= theirs).expand(reward.shape).to(device)
+    hidden = ~draws.mask.to(device)
     first: Tensor | None = None
     for _ in range(objective.epochs):
         with low:
-            log_q = policy.log_probs(some, draws.tokens).masked_fill(~draws.mask.to(device), 0.0)
+            kl_token, other = None, None
+            if objective.needs_kl:
+                log_q, kl_token = log_probs_and_kl(policy, prior, some, draws.tokens)
+                kl_token = kl_token.masked_fill(hidden, 0.0)
+            else:
+                log_q = policy.log_probs(some, draws.tokens)
+            if objective.controls is not None:
+                second = policy.prompted(run.id, objective.controls[1], ())
+                other = second.log_probs(some, draws.tokens).masked_fill(hidden, 0.0)
+            log_q = log_q.masked_fill(hidden, 0.0)
         if first is None:
             first = log_q.detach()
+            if theirs:  # what the prior drew is known under the prior's law
+                first = torch.where(own[:, :, None], first, draws.log_q.to(device))
         batch = Batch(
             tokens=draws.tokens.to(device), mask=draws.mask.to(device), log_q=log_q, log_p0=log_p0.to(device), reward=reward.to(device),
             log_weight=torch.zeros_like(reward, device=device), old_log_q=first, prompt=torch.tensor(chosen, device=device),
+            top=torch.from_numpy(target.ceiling(some)).float().to(device), own=own, kl_token=kl_token, features=features, other_log_q=other,
         )  # fmt: skip
         if isinstance(objective, AbstractStatefulObjective):
             loss, after = objective.loss(batch, run.beta, state)
@@ -122,10 +154,29 @@ def _step(
         "entropy": float(-total_q.mean()),
         "loss": value,
         "tokens": float(draws.mask.sum()),
+        "samples": float((step + 1) * reward.numel()),
     }
     if objective.needs_prior:
         row["kl_prior"] = float((total_q - total_0).mean())
     return row, state
+
+
+def _drawn(policy: CausalLM, prior: CausalLM, prompts: list[str], own: int, theirs: int, run: Run, step: int) -> Draws:
+    """`theirs` draws of the prior, then `own` of the policy."""
+    parts = []
+    for name, drawer, many in (("prior", prior, theirs), ("draws", policy, own)):
+        if many:  # one kind alone has the seed that it always had
+            key = "draws" if not (own and theirs) else name
+            parts.append(drawer.sample(prompts, many, run.max_new_tokens, streams.seed(run.seed, f"train/{key}/{run.task}/{step}")))
+    return parts[0] if len(parts) == 1 else Draws(*(torch.cat([getattr(x, f) for x in parts], 1) for f in ("tokens", "mask", "log_q")))
+
+
+def _refuse(objective: Objective, run: Run, target: TiltedPrior, prompts: list[str]) -> None:
+    """Raises UserError where the task cannot give what the objective is told of a draw, or a group is too small to be split."""
+    if objective.feedback == "success" and not np.isfinite(target.ceiling(prompts)).all():
+        raise UserError(f"{run.method} learns from right and wrong, and the reward of {run.task} has no declared ceiling (reward_max)")
+    if objective.draws == "both" and run.train is not None and run.train.samples < 4:
+        raise UserError(f"{run.method} trains on prior and own draws: train.samples of at least 4, got {run.train.samples}")
 
 
 def batch_of(prompts: int, size: int, seed: int, step: int) -> list[int]:

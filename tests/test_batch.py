@@ -22,8 +22,11 @@ def fields() -> dict[str, Tensor]:
         "log_weight": torch.zeros(P, K),
         "old_log_q": torch.zeros(P, K, T),
         "kl_token": torch.zeros(P, K, T),
-        "values": torch.zeros(P, K, T),
+        "other_log_q": torch.zeros(P, K, T),
+        "features": torch.zeros(P, K, T, 5),
         "prompt": torch.zeros(P, dtype=torch.int64),
+        "top": torch.ones(P),
+        "own": torch.ones(P, K, dtype=torch.bool),
     }
 
 
@@ -37,8 +40,17 @@ def test_masked_tokens_do_not_count_and_the_gradient_passes() -> None:
 
 
 def test_the_optional_fields_may_be_missing() -> None:
-    batch = Batch(**{k: v for k, v in fields().items() if k not in ("old_log_q", "kl_token", "values", "prompt")})
-    assert batch.old_log_q is batch.kl_token is batch.values is batch.prompt is None
+    optional = ("old_log_q", "kl_token", "other_log_q", "features", "prompt", "top", "own")
+    batch = Batch(**{k: v for k, v in fields().items() if k not in optional})
+    assert all(getattr(batch, name) is None for name in optional)
+
+
+def test_success_is_a_reward_at_its_ceiling() -> None:
+    given = {**fields(), "reward": torch.tensor([[1.0, 0.999, 1.0 - 1e-7], [2.0, 0.0, -1.0]]), "top": torch.tensor([1.0, 2.0])}
+    assert Batch(**given).success().tolist() == [[1.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
+    for top in (None, torch.tensor([1.0, torch.inf])):
+        with pytest.raises(ValueError, match="declared ceiling"):
+            Batch(**{**given, "top": top}).success()
 
 
 @pytest.mark.parametrize("name", [name for name in fields() if name != "tokens"])

@@ -59,7 +59,7 @@ def _drawn(strips: dict[str, list[float]], label: str, says: str, salt: str, dre
         dress(ax)
         _strips(ax, strips)
         ax.set_xlabel(label)
-        return figures._svg(fig, salt, says)
+        return figures.svg(fig, salt, says)
 
 
 def errors(rows: Sequence[Row]) -> str:

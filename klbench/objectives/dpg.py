@@ -28,7 +28,7 @@ class DPG(AbstractStatefulObjective):
     optimum: ClassVar[str] = "target"
     source: ClassVar[str] = "arXiv:1912.08517"
 
-    def init(self, prompts: int) -> State:
+    def init(self, prompts: int, width: int) -> State:
         """log_z [prompts]: log mean of the weights seen; seen [prompts]: how many. float64."""
         return {"log_z": torch.zeros(prompts, dtype=torch.float64), "seen": torch.zeros(prompts, dtype=torch.float64)}
 

@@ -28,6 +28,7 @@ class DPO(AbstractObjective):
     optimum: ClassVar[str] = "target"
     source: ClassVar[str] = "arXiv:2305.18290"
     draws: ClassVar[str] = "prior"
+    feedback: ClassVar[str] = "pairs"
 
     def loss(self, batch: Batch, beta: float) -> Tensor:
         """Scalar, nats a pair. Reads log_q, log_p0 [P, K, T] and reward [P, K]. Raises ValueError when K < 2."""

@@ -59,7 +59,7 @@ class FDPG(AbstractStatefulObjective):
         if self.generator not in SLOPES:
             raise unknown("generator of fdpg", self.generator, SLOPES)
 
-    def init(self, prompts: int) -> State:
+    def init(self, prompts: int, width: int) -> State:
         """log_z [prompts]: log mean of the weights seen; seen [prompts]: how many. float64."""
         return {"log_z": torch.zeros(prompts, dtype=torch.float64), "seen": torch.zeros(prompts, dtype=torch.float64)}
 

@@ -29,6 +29,7 @@ class IPO(AbstractObjective):
     optimum: ClassVar[str] = "own"
     source: ClassVar[str] = "arXiv:2310.12036"
     draws: ClassVar[str] = "prior"
+    feedback: ClassVar[str] = "pairs"
 
     def loss(self, batch: Batch, beta: float) -> Tensor:
         """Scalar, squared nats a pair. Reads log_q, log_p0 [P, K, T] and reward [P, K]. Raises ValueError when K < 2."""

@@ -29,7 +29,7 @@ class TrajectoryBalance(AbstractStatefulObjective):
     source: ClassVar[str] = "arXiv:2201.13259"
     state_lr: ClassVar[float] = 0.1
 
-    def init(self, prompts: int) -> State:
+    def init(self, prompts: int, width: int) -> State:
         """log_z [prompts]: the learned part, trained; start [prompts]: the part fixed at the first visit; seen [prompts]: draws."""
         zeros = torch.zeros(prompts, dtype=torch.float64)
         return {"log_z": zeros.clone().requires_grad_(), "start": zeros.clone(), "seen": zeros.clone()}

@@ -10,7 +10,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, final
 
@@ -141,7 +141,7 @@ def plane(places: Sequence[Place], frontier: Sequence[Point], name: str) -> str:
         ax.set_xlabel("reward E_q[r]")
         ax.set_ylabel("KL to the prior, nats (square-root axis)")
         _label(ax, canvas, places)
-        return _svg(fig, f"plane {name}", f"Reward against KL to the prior on {name}, with the optimal frontier")
+        return svg(fig, f"plane {name}", f"Reward against KL to the prior on {name}, with the optimal frontier")
 
 
 def _root_axis(ax: Any, top: float, gap: float) -> None:
@@ -237,10 +237,35 @@ def training(curve: Sequence[dict[str, float]], axes: dict[str, tuple[float, flo
             ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(3, integer=True))
             ax.tick_params(length=0, pad=2)
             ax.text(0, 1.04, key, transform=ax.transAxes, color=MUTED)
-        return _svg(fig, f"training {name}", f"Training curve of {name}: {', '.join(keys)} by step")
+        return svg(fig, f"training {name}", f"Training curve of {name}: {', '.join(keys)} by step")
 
 
-def _svg(fig: Figure, salt: str, says: str) -> str:
+def learning(curves: Mapping[str, Sequence[tuple[float, float, float]]], name: str) -> str:
+    """reverse_kl and wasted_nats of methods against samples: every method grey, the nearest eight in colour and named at their end."""
+    last = sorted(curves, key=lambda method: curves[method][-1][1])
+    named = last[:8]
+    with mpl.rc_context(STYLE):
+        fig = Figure(figsize=(9.6, 3.9), dpi=72)
+        panels = fig.subplots(1, 2)
+        fig.subplots_adjust(left=0.06, right=0.86, bottom=0.13, top=0.92, wspace=0.16)
+        for i, (ax, title) in enumerate(zip(panels, ("reverse KL, nats", "wasted nats"), strict=True), start=1):
+            top = max((min(c[0][i] * 1.3, max(p[i] for p in c)) for c in curves.values()), default=1.0) or 1.0
+            for method in [m for m in last if m not in named] + named:
+                points = [(p[0], min(p[i], top)) for p in curves[method]]
+                colour = f"C{named.index(method)}" if method in named else MUTED
+                width = 1.6 if method in named else 0.6
+                ax.plot(*zip(*points, strict=True), color=colour, linewidth=width, alpha=1.0 if method in named else 0.5)
+            _root_axis(ax, top, 0.2)
+            ax.set_title(title, loc="left", fontsize=10, color=INK)
+            ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(4, integer=True))
+            ax.tick_params(length=0, pad=3)
+        for place, method in enumerate(named):
+            panels[1].text(1.03, 0.95 - 0.085 * place, method, transform=panels[1].transAxes, color=f"C{place}", fontsize=9.5, va="center")
+        panels[0].set_xlabel("draws seen in training")
+        return svg(fig, f"learning {name}", f"Learning curves on {name}: {', '.join(last)}")
+
+
+def svg(fig: Figure, salt: str, says: str) -> str:
     """The figure as inline SVG: no prolog, date, size or unused id; colours by CSS variable; `says` for screen readers."""
     out = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": salt, "svg.fonttype": "none"}), warnings.catch_warnings():

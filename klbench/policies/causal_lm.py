@@ -29,6 +29,7 @@ from klbench.method import AbstractDecoding
 from klbench.policies.passes import HALF, LOGITS, Passes, checked
 from klbench.target import Draws
 
+SYSTEM_FILE: Final = "system_prompt.txt"  # beside the weights of a policy that was trained under one
 ROWS = 1024  # sequences in flight while sampling
 TOKENIZER_FILES: Final = ("tokenizer*", "vocab*", "merges.txt", "spiece.model", "sentencepiece*", "tokenization_*.py", "tekken.json")
 
@@ -197,6 +198,47 @@ class CausalLM:
         tokens, mask, log_q = (torch.cat(x) for x in zip(*parts, strict=True))
         return Draws(tokens, mask, self._sound(log_q))
 
+    @torch.no_grad()
+    def extend(self, prompts: Sequence[str], tokens: Tensor, mask: Tensor, new: int, seed: int) -> Draws:
+        """Draws [P, N, t] with up to `new` more tokens each; those that have ended stay. log_q is of the new tokens alone."""
+        generator = torch.Generator().manual_seed(seed)
+        P, N, t = tokens.shape
+        uniform = torch.rand(P, N, new, generator=generator, dtype=torch.float64)
+        ended = ~mask[:, :, -1] | torch.isin(tokens[:, :, -1], torch.tensor(self.stops)) if t else torch.zeros(P, N, dtype=torch.bool)
+        more, kept, log_q = torch.full((P, N, new), self.eos), torch.zeros(P, N, new, dtype=torch.bool), torch.zeros(P, N, new)
+        at = (~ended).nonzero()
+        starts = self._encoded(prompts, t + new)
+        rows = [starts[p] + tokens[p, n].tolist() for p, n in at.tolist()]
+        for i in range(0, len(rows), ROWS):
+            where = at[i : i + ROWS].unbind(1)
+            drawn = self._drawn(rows[i : i + ROWS], uniform[where][:, None])
+            for into, part in zip((more, kept, log_q), drawn, strict=True):
+                into[where] = part[:, 0]
+        return Draws(torch.cat([tokens, more], 2), torch.cat([mask, kept], 2), torch.cat([torch.zeros(P, N, t), self._sound(log_q)], 2))
+
+    @torch.no_grad()
+    def states(self, prompts: Sequence[str], tokens: Tensor, mask: Tensor) -> Tensor:
+        """[P, N, T + 1, D] last hidden state before each token and after the last; behind the end of a draw that of its end, repeated.
+
+        Raises UserError for a prompt that leaves no room: unlike a sampler, this reads the last token too.
+        """
+        padded = torch.cat([tokens, tokens.new_full((*tokens.shape[:2], 1), self.eos)], 2)
+        head = self.model.get_output_embeddings()
+        out: list[Tensor] = []
+        for at in self._pieces(prompts, padded):
+            rows = self._encoded(prompts[at[0]], padded.shape[2])
+            self.passes.logits(rows, padded[at])  # decides on the layout by logits, before they are replaced
+            handle = head.register_forward_hook(lambda module, given, found: given[0])
+            try:
+                out.append(self.passes.logits(rows, padded[at]).cpu())
+            finally:
+                handle.remove()
+        P, N, T = tokens.shape
+        joined = _placed(out, list(self._pieces(prompts, padded)), (P, N, T + 1))
+        last = mask.sum(2, keepdim=True).expand(P, N, T + 1)
+        where = torch.minimum(torch.arange(T + 1).expand(P, N, T + 1), last)
+        return joined.gather(2, where[..., None].expand(-1, -1, -1, joined.shape[3]))
+
     def _drawn(self, rows: list[list[int]], uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.passes.sample(rows, uniform, self.law, self.stops)
 
@@ -253,15 +295,31 @@ class CausalLM:
         return found.hexdigest()
 
     def save(self, folder: Path) -> None:
-        """Weights as safetensors, configuration and tokenizer: what `from_pretrained` loads."""
+        """Weights as safetensors, configuration and tokenizer: what `from_pretrained` loads; and the system prompt, where there is one."""
         with _no_bars():
             self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+        if self.system is not None:
+            (folder / SYSTEM_FILE).write_text(self.system, encoding="utf-8")
+
+
+def system_of(folder: str | Path) -> str | None:
+    """The system prompt that a policy was saved with."""
+    path = Path(folder) / SYSTEM_FILE
+    return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 def _pick(law: Tensor, index: Tensor) -> Tensor:
     """[P, K, T] entries of laws [P, K, T, V] at ids [P, K, T]; -inf for an id beyond them."""
     return law.gather(3, index.clamp(max=law.shape[3] - 1)[..., None])[..., 0].masked_fill(index >= law.shape[3], -torch.inf)
+
+
+def _placed(parts: Sequence[Tensor], places: Sequence[tuple[slice, slice]], shape: tuple[int, int, int]) -> Tensor:
+    """[P, N, T, D] from the parts of `_pieces`."""
+    out = torch.zeros(*shape, parts[0].shape[-1])
+    for part, place in zip(parts, places, strict=True):
+        out[place] = part
+    return out
 
 
 def _short(prompt: str) -> str:
@@ -318,6 +376,18 @@ def token_laws(q: CausalLM, p0: CausalLM, prompts: Sequence[str], tokens: Tensor
     q._sound(log_q)
     p0._sound(log_p0)
     return TokenLaws(log_q, log_p0, entropy, cross, lost)
+
+
+def log_probs_and_kl(q: CausalLM, p0: CausalLM, prompts: Sequence[str], tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """[P, K, T] log q of each token and KL(q(.|prefix) || p0(.|prefix)), both differentiable in q; nothing is masked here."""
+    same_vocabulary(q, p0)
+    lq = q.law(q.logits(prompts, tokens))
+    with torch.no_grad():
+        l0 = p0.law(p0.logits(prompts, tokens)).to(lq.device)
+    lq, l0 = _as_wide(lq, l0), _as_wide(l0, lq)
+    there = lq > -torch.inf
+    gap = torch.where(there, lq, 0.0) - torch.where(there, l0, 0.0)
+    return _pick(lq, tokens.to(lq.device)), (lq.exp() * gap).sum(-1)
 
 
 def _as_wide(law: Tensor, other: Tensor) -> Tensor:
@@ -508,4 +578,5 @@ def load(
     where = device_of(device or "cpu")
     model = model_of(folder, name, dtype, trust_remote_code)
     words = tokenizer_of(folder, trust_remote_code) if tokenizer is None else tokenizer
+    system = system_of(folder) if system is None else system
     return settled(name, model.to(where).eval(), words, chat=chat, system=system, decodings=decodings, notes=notes)

@@ -103,6 +103,11 @@ class Passes:
         return int(self.model.get_input_embeddings().weight.shape[0])
 
     @cached_property
+    def hidden(self) -> int:
+        """The width of the last hidden state, which the head reads."""
+        return int(self.model.get_output_embeddings().weight.shape[1])
+
+    @cached_property
     def context(self) -> int | None:
         """Positions that the model was built for; None where there is no such limit."""
         limit = getattr(self._config, "max_position_embeddings", None)

@@ -52,6 +52,19 @@ def _shared(vocabulary: int, length: int, eos: int | None) -> Tensor:
     return torch.cat([ones, agree.long().cumprod(2).bool()], 2).permute(2, 0, 1)
 
 
+@lru_cache(maxsize=32)
+def _longer(vocabulary: int, length: int, eos: int | None) -> Tensor:
+    """[M, V] int64: which of the M prefixes each becomes with one more word, the empty one being number 0; -1 for none."""
+    tokens, mask = sequences(vocabulary, length, eos)
+    bodies = [tuple(row[: int(kept.sum())]) for row, kept in zip(tokens.tolist(), mask, strict=True)]
+    number = {prefix: i for i, prefix in enumerate(dict.fromkeys(x[:t] for t in range(length + 1) for x in bodies))}
+    table = torch.full((len(number), vocabulary), -1)
+    for prefix, i in number.items():
+        if prefix:
+            table[number[prefix[:-1]], prefix[-1]] = i
+    return table
+
+
 @dataclass(frozen=True, eq=False)
 class Everything:
     """Every answer: tokens, mask [S, T]; log_prob [P, S, T] of each token given those before it, 0 where masked, with gradient."""
@@ -105,6 +118,59 @@ class Tabular:
         log_q = every.log_prob.detach().cpu()[rows[:, None], picked][..., :max_new_tokens]
         return Draws(every.tokens[picked][..., :max_new_tokens], every.mask[picked][..., :max_new_tokens], log_q.float())
 
+    def extend(self, prompts: Sequence[str], tokens: Tensor, mask: Tensor, new: int, seed: int) -> Draws:
+        """Draws [P, N, t] with up to `new` more tokens each: a whole answer that begins with each draw, cut after t + new tokens.
+
+        Raises UserError beyond the table's length, and for a draw that no answer begins with.
+        """
+        P, N, t = tokens.shape
+        if not 1 <= t + new <= self.length:
+            raise UserError(f"this table answers in 1 to {self.length} tokens, not {t + new}")
+        uniform = torch.rand(P * N, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        every, rows = self.enumerate(), self._rows(prompts)
+        number, back = self._prefixes(prompts, tokens, mask)[..., t].flatten().unique(return_inverse=True)
+        one = torch.zeros_like(number).scatter_(0, back, torch.arange(P * N))  # a draw of each prefix: a law a prefix, not a draw
+        begins = self._beginning(every, tokens.view(1, P * N, t)[:, one], mask.view(1, P * N, t)[:, one])[0]
+        law = self.logits.detach().double().softmax(1).cpu()[rows[one // N]] * begins
+        cumulative = law.cumsum(1)
+        cumulative = cumulative / cumulative[:, -1:] + torch.arange(len(law))[:, None]
+        point = back + uniform * (1 - 2**-30)  # a sum with `back` must not round up to the next law
+        picked = (torch.searchsorted(cumulative.flatten(), point, right=True) - back * law.shape[1]).view(P, N)
+        log_q = every.log_prob.detach().cpu()[rows[:, None], picked][..., : t + new]
+        log_q = torch.cat([torch.zeros_like(log_q[..., :t]), log_q[..., t:]], 2)
+        return Draws(every.tokens[picked][..., : t + new], every.mask[picked][..., : t + new], log_q.float())
+
+    def states(self, prompts: Sequence[str], tokens: Tensor, mask: Tensor) -> Tensor:
+        """[P, N, T + 1, D] one-hot of the prompt and the prefix before each token and of the whole: a value on them can be any function.
+
+        Raises UserError for a draw that no answer begins with.
+        """
+        width = len(self.prompts) * len(_longer(self.vocabulary, self.length, self.eos))
+        return torch.nn.functional.one_hot(self._prefixes(prompts, tokens, mask), width).float()
+
+    def _prefixes(self, prompts: Sequence[str], tokens: Tensor, mask: Tensor) -> Tensor:
+        """[P, N, T + 1] int64: a number for each prompt and prefix. Raises UserError for a draw that no answer begins with."""
+        longer = _longer(self.vocabulary, self.length, self.eos)
+        word = tokens.clamp(0, self.vocabulary - 1)
+        at = torch.zeros(*tokens.shape[:2], tokens.shape[2] + 1, dtype=torch.int64)
+        for t in range(tokens.shape[2]):
+            here, going = at[..., t], mask[..., t]
+            after = longer[here, word[..., t]]
+            stray = torch.where(going, (after < 0) | (word != tokens)[..., t], (longer[here] >= 0).any(-1))
+            if bool(stray.any()):
+                raise UserError(f"no answer of this table begins with the tokens {tokens[stray][0, : t + 1].tolist()}")
+            at[..., t + 1] = torch.where(going, after, here)
+        return at + self._rows(prompts)[:, None, None] * len(longer)
+
+    def _beginning(self, every: Everything, tokens: Tensor, mask: Tensor) -> Tensor:
+        """[P, N, S] bool: which answers begin with each draw. Raises UserError for a draw that none begins with."""
+        length = tokens.shape[2]
+        filled = tokens if self.eos is None else torch.where(mask, tokens, self.eos)
+        same = (filled[:, :, None, :] == every.tokens[:, :length]).all(3) & (mask[:, :, None, :] == every.mask[:, :length]).all(3)
+        if not bool(same.any(2).all()):
+            raise UserError(f"no answer of this table begins with the tokens {filled[~same.any(2)][0].tolist()}")
+        return same
+
     def decode(self, tokens: Tensor, mask: Tensor) -> list[list[str]]:
         """[P][N] texts: token ids with blanks between them, EOS left out."""
         return [
@@ -120,12 +186,9 @@ class Tabular:
         every, length = self.enumerate(), tokens.shape[2]
         if length > self.length:
             raise UserError(f"this table answers in at most {self.length} tokens, not {length}")
-        filled = tokens if self.eos is None else torch.where(mask, tokens, self.eos)
-        same = (filled[:, :, None, :] == every.tokens[:, :length]).all(3) & (mask[:, :, None, :] == every.mask[:, :length]).all(3)
-        if not bool(same.any(2).all()):
-            bad = filled[~same.any(2)][0].tolist()
-            raise UserError(f"no answer of this table begins with the tokens {bad}")
-        first = same.int().argmax(2)  # any answer with that beginning: the tokens asked for have the same log-probability in all
+        first = (
+            self._beginning(every, tokens, mask).int().argmax(2)
+        )  # any answer with that beginning: the tokens asked for have the same log-probability in all
         return every.log_prob[self._rows(prompts)[:, None], first][..., :length]
 
     def _rows(self, prompts: Sequence[str]) -> Tensor:

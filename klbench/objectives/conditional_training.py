@@ -1,0 +1,50 @@
+"""Conditional training: learn to answer under two control texts, one for right answers and one for wrong ones, and ask for right ones.
+
+    S_pk = 1 where y is right, else 0,    y ~ p0
+    loss = -mean_pk [ S_pk log q(y_pk | good) + (1 - S_pk) log q(y_pk | bad) ]
+    E[grad loss] = a grad KL(p0(.|S=1) || q(.|good)) + (1 - a) grad KL(p0(.|S=0) || q(.|bad)),   a = P_p0(S=1)
+
+Optimum: its own, q(.|good) = p0(.|S=1), Bayes' rule and nothing besides; beta is not read. No wrong answer keeps any mass, so KL(q || own)
+is infinite on the way.  Source: Korbak et al. 2023, arXiv:2302.08582 (which drops the control from 1 % of the data; here none is dropped).
+Pitfalls: before training neither control means anything; a rare right answer is learnt from few draws.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import numpy as np
+from torch import Tensor
+
+from klbench.batch import Batch
+from klbench.estimate import Array
+from klbench.method import AbstractObjective, RewardLaw
+
+
+@final
+@dataclass(frozen=True)
+class ConditionalTraining(AbstractObjective):
+    optimum: ClassVar[str] = "own"
+    source: ClassVar[str] = "arXiv:2302.08582"
+    draws: ClassVar[str] = "prior"
+    feedback: ClassVar[str] = "success"
+    needs_prior: ClassVar[bool] = False
+    controls: ClassVar[tuple[str, str] | None] = ("good", "bad")
+
+    def loss(self, batch: Batch, beta: float) -> Tensor:
+        """Scalar, nats a sequence. Reads log_q, other_log_q [P, K, T] (None: the term of the wrong is left out), reward [P, K], top [P]."""
+        right = batch.success()
+        told = right * batch.total(batch.log_q)
+        if batch.other_log_q is not None:
+            told = told + (1 - right) * batch.total(batch.other_log_q)
+        return -told.mean()
+
+    def stated(self, log_q: Tensor, log_p0: Tensor, reward: Tensor, beta: float, draws: int) -> Tensor:
+        """a KL(p0(.|S=1) || q(.|good)) of one prompt up to q's absence, all answers [S] enumerated."""
+        return -(log_p0.exp() * (reward == reward.max()) * log_q).sum()
+
+    def own(self, reward: Array, law: RewardLaw, beta: float, draws: int) -> Array:
+        """[N] log p0(.|S=1)/p0 of `reward`: -inf where it is wrong."""
+        return np.where(reward >= law.levels[-1], -math.log(law.mass[-1]), -math.inf)

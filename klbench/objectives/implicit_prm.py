@@ -1,0 +1,48 @@
+"""Implicit PRM: a classifier of right answers whose logit is the policy's own log-ratio, so that it judges every prefix for free.
+
+    u = log(q/p0),   S = 1 where the answer is right
+    loss = -mean_pk [ S_pk log sigma(beta u_pk) + (1 - S_pk) log sigma(-beta u_pk) ],   y ~ p0
+    E[grad loss] = beta E_p0[ (sigma(beta u) - S) s ],   s = grad log q
+    process reward of a prefix:  beta sum_{i <= t} u_i          = beta (log E_p0[exp(r/beta) | y_<=t] - log Z) where q = p*
+
+Optimum: none that a policy attains. A free u would be the classifier's logit over beta, and p0 e^u need not sum to 1. Over laws q the
+loss falls with all mass moved to right answers and is convex in q/p0 among them: its infimum a log(1 + a^beta), a = p0(right), is
+approached by p0(. | right), the prior conditioned on success, at every beta.
+Source: Yuan et al. 2024, arXiv:2412.01981 (beta .05).
+Pitfall: as a model of the reward it is read through u alone; as a policy it forgets beta.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from klbench.batch import Batch
+from klbench.method import AbstractObjective
+
+
+@final
+@dataclass(frozen=True)
+class ImplicitPRM(AbstractObjective):
+    optimum: ClassVar[str] = "none"
+    source: ClassVar[str] = "arXiv:2412.01981"
+    draws: ClassVar[str] = "prior"
+    feedback: ClassVar[str] = "success"
+
+    def process_reward(self, batch: Batch, beta: float) -> Tensor:
+        """[P, K, T] reward of each prefix, its last token included; the last value goes on where masked. Reads log_q, log_p0."""
+        return (beta * (batch.log_q - batch.log_p0) * batch.mask).cumsum(2)
+
+    def loss(self, batch: Batch, beta: float) -> Tensor:
+        """Scalar, nats a draw. Reads log_q, log_p0 [P, K, T], reward [P, K] and top [P]. Raises ValueError without a ceiling."""
+        return self._cost(beta * batch.total(batch.log_q - batch.log_p0), batch.success()).mean()
+
+    def stated(self, log_q: Tensor, log_p0: Tensor, reward: Tensor, beta: float, draws: int) -> Tensor:
+        """The population loss of one prompt, all answers [S] enumerated, those with the most reward right."""
+        return (log_p0.exp() * self._cost(beta * (log_q - log_p0), (reward == reward.max()).to(log_q.dtype))).sum()
+
+    def _cost(self, logit: Tensor, right: Tensor) -> Tensor:
+        return -(right * logsigmoid(logit) + (1 - right) * logsigmoid(-logit))

@@ -1,0 +1,67 @@
+"""Laws of conditional training: under the first control it clones the right prior draws, under the second the wrong ones."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from klbench.batch import Batch
+from klbench.laws import World, check_objective, expected_gradient
+from klbench.method import RewardLaw
+from klbench.objectives.conditional_training import ConditionalTraining
+
+TWO = World(counts=((3, 2, 1),), reward=((1.0, 0.0, 1.0),), draws=2, length=2)
+
+
+def test_laws_hold(broken):
+    assert broken(check_objective(ConditionalTraining())) == []
+
+
+def cloned(batch, every=False, per_token=False, push=0.0):
+    log_q = batch.total(batch.log_q) / (batch.mask.sum(2) if per_token else 1)
+    right = torch.ones_like(log_q) if every else batch.success()
+    return -((right - push * (1 - right)) * log_q).mean()
+
+
+@pytest.mark.parametrize("wrong", [{}, {"every": True}, {"push": 0.1}])
+def test_mutants_are_rejected(mutant, broken, wrong):
+    found = broken(check_objective(mutant(ConditionalTraining, loss=lambda self, batch, beta: cloned(batch, **wrong))))
+    assert bool(found) == bool(wrong)
+
+
+@pytest.mark.parametrize("wrong", [{}, {"per_token": True}])
+def test_right_answers_of_two_lengths_keep_the_ratio_of_the_prior(mutant, wrong):
+    inside = torch.tensor([[3.0, 1e-15, 1.0]], dtype=torch.float64).log()
+    gradient = expected_gradient(mutant(ConditionalTraining, loss=lambda self, batch, beta: cloned(batch, **wrong)), TWO, inside, 1.0)
+    assert (float(gradient.norm()) > 1e-2) == bool(wrong)
+
+
+def test_declaring_the_posterior_is_rejected(mutant, broken):
+    def own(self, reward, law, beta, draws):
+        return reward / beta - law.log_mean_exp(law.levels / beta)
+
+    assert broken(check_objective(mutant(ConditionalTraining, own=own))) == ["the gradient vanishes at the declared optimum"]
+
+
+def test_training_ends_at_the_right_answers_of_the_prior():
+    logits = TWO.log_p0.clone().requires_grad_()
+    adam = torch.optim.Adam([logits], lr=0.2)
+    for _ in range(80):
+        logits.grad = expected_gradient(ConditionalTraining(), TWO, logits, 1.0)
+        adam.step()
+    q = logits.detach().softmax(1)[0]
+    assert q[1] < 1e-2 and float(q[0] / q[2]) == pytest.approx(3.0, rel=1e-3)
+
+
+def test_each_answer_is_read_under_its_own_control():
+    reward, shape = torch.tensor([[1.0, 0.0]]), (1, 2, 1)
+    good, bad = torch.tensor([[-1.0, -2.0]]).view(shape), torch.tensor([[-4.0, -8.0]]).view(shape)
+    batch = Batch(good.long(), good < 0, good, good, reward, torch.zeros(1, 2), top=torch.ones(1), other_log_q=bad)
+    assert ConditionalTraining().loss(batch, 1.0).item() == pytest.approx((1 + 8) / 2)
+    assert ConditionalTraining().loss(replace(batch, other_log_q=None), 1.0).item() == pytest.approx(1 / 2)
+
+
+def test_own_by_hand():
+    law = RewardLaw.of(np.array([0.0, 0.0, 0.0, 1.0]))
+    np.testing.assert_allclose(np.exp(ConditionalTraining().own(np.array([0.0, 1.0]), law, 0.3, 8)), [0.0, 4.0])
