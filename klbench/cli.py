@@ -520,11 +520,12 @@ def _check_plugin(path: Path) -> int:
     if not path.stem.isidentifier():
         raise UserError(f"{path}: a file name that is a Python name expected, as the method is called by it")
 
-    from klbench import laws, method
+    from klbench import convergence, laws, method
 
     try:
         try:
-            held = laws.check_objective(method.objective(path.stem, (path.parent,)))
+            objective = method.objective(path.stem, (path.parent,))
+            held = (*laws.check_objective(objective), *convergence.check_ending(objective))
         except UserError as no_objective:
             if "found 0" not in str(no_objective):
                 raise

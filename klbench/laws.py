@@ -17,7 +17,7 @@ gradient sets both to the truth, the law on the optimum starts from the first vi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Final, Protocol, final, runtime_checkable
@@ -30,22 +30,30 @@ from klbench.batch import Batch
 from klbench.errors import UserError
 from klbench.estimate import Array
 from klbench.method import (
+    AbstractBlend,
     AbstractDecoding,
     AbstractSampler,
     AbstractStatefulObjective,
+    AbstractSteering,
     ClosedForm,
     Objective,
     RewardLaw,
+    Sampler,
     State,
     TiltedForm,
-)  # fmt: skip
+)
 from klbench.policies.tabular import Tabular, sequences
+from klbench.target import Draws, TiltedPrior
 
 EXACT: Final = 1e-6  # largest gap of a law that holds; central differences are good to about 1e-8
 SEEN: Final = 1e-3  # least gap that a wrong ingredient must open
 BETAS: Final = (0.4, 1.5)
+INSIDE: Final = -60.0  # nats: the least log-density of an optimum that the laws look at
 PICKS: Final = 20_000
 FAR: Final = 4.5  # standard errors that a sampler's frequency may be off; the seed is fixed, so a pass stays a pass
+CALLS: Final = 4  # of a steering, at seeds of their own
+STEERED: Final = 250  # draws a prompt of each
+CLOSE: Final = 1000  # and of one that should have converged
 
 
 @dataclass(frozen=True)
@@ -139,43 +147,59 @@ def settled_state(objective: Objective, world: World, beta: float) -> State | No
     return state
 
 
-def expected_gradient(objective: Objective, world: World, logits: Tensor, beta: float, state: State | None = None) -> Tensor:
-    """[P, S] gradient of the expected loss at the table with these logits: all S^(P K) batches, on-policy or from the prior."""
-    logits = logits.detach().clone().requires_grad_()
-    policy, prior = world.policy(logits), world.policy(world.log_p0)
-    every, kl_token = policy.enumerate(), policy.kl_token(prior)
-    before = prior.enumerate().log_prob
-    mine = torch.arange(world.draws) >= {"policy": 0, "both": world.draws // 2, "prior": world.draws}[objective.draws]
-    features = world.features if objective.needs_features else None
-    # an objective that says it needs no prior gets none: a read of it shows up as NaN
-    given = before if objective.needs_prior else torch.full_like(before, torch.nan)
-    prompts, answers = world.rewards.shape
-    row, total = torch.arange(prompts), torch.zeros((), dtype=torch.float64)
-    at = row[:, None]
-    for group in product(range(answers), repeat=prompts * world.draws):
-        d = torch.tensor(group).reshape(prompts, world.draws)
-        drawn = torch.where(mine[:, None], every.log_prob.detach()[at, d], before[at, d])
-        batch = Batch(
+@final
+class Answers:
+    """Every answer of a table with these logits, and training batches of chosen ones."""
+
+    def __init__(self, objective: Objective, world: World, logits: Tensor):
+        policy, prior = world.policy(logits), world.policy(world.log_p0)
+        self.objective, self.world = objective, world
+        self.every, self.before = policy.enumerate(), prior.enumerate().log_prob
+        self.kl_token = policy.kl_token(prior) if objective.needs_kl else None
+        self.features = world.features if objective.needs_features else None
+        # an objective that says it needs no prior gets none: a read of it shows up as NaN
+        self.given = self.before if objective.needs_prior else torch.full_like(self.before, torch.nan)
+
+    def own(self, draws: int) -> Tensor:
+        """[draws] whether the policy draws each of a prompt's K, or the prior."""
+        return torch.arange(draws) >= {"policy": 0, "both": draws // 2, "prior": draws}[self.objective.draws]
+
+    def batch(self, d: Tensor) -> Batch:
+        """Of answers by number, d [P, K]; old_log_q is under the law that drew each."""
+        world, every, own = self.world, self.every, self.own(d.shape[1])
+        row = torch.arange(len(d))
+        at = row[:, None]
+        return Batch(
             tokens=every.tokens[d],
             mask=every.mask[d],
             log_q=every.log_prob[at, d],
-            log_p0=given[at, d],
+            log_p0=self.given[at, d],
             reward=world.rewards[at, d],
             log_weight=torch.zeros(d.shape, dtype=torch.float64),
-            old_log_q=drawn,
+            old_log_q=torch.where(own[:, None], every.log_prob.detach()[at, d], self.before[at, d]),
             prompt=row,
             top=world.top,
-            own=mine.expand(d.shape),
-            kl_token=kl_token[at, d] if objective.needs_kl else None,
-            features=None if features is None else features[at, d],
+            own=own.expand(d.shape),
+            kl_token=None if self.kl_token is None else self.kl_token[at, d],
+            features=None if self.features is None else self.features[at, d],
         )
+
+
+def expected_gradient(objective: Objective, world: World, logits: Tensor, beta: float, state: State | None = None) -> Tensor:
+    """[P, S] gradient of the expected loss at the table with these logits: all S^(P K) batches, of whoever draws them."""
+    logits = logits.detach().clone().requires_grad_()
+    answers, total = Answers(objective, world, logits), torch.zeros((), dtype=torch.float64)
+    prompts, count = world.rewards.shape
+    for group in product(range(count), repeat=prompts * world.draws):
+        batch = answers.batch(torch.tensor(group).reshape(prompts, world.draws))
         if isinstance(objective, AbstractStatefulObjective):
             if state is None:
                 raise ValueError("an objective with memory needs a state: fresh_state or settled_state")
             loss, _ = objective.loss(batch, beta, state)
         else:
             loss = objective.loss(batch, beta)
-        total = total + drawn.sum().exp() * loss
+        assert batch.old_log_q is not None
+        total = total + batch.old_log_q.sum().exp() * loss
     if not total.requires_grad:
         return torch.zeros_like(logits.detach())
     (gradient,) = torch.autograd.grad(total, logits, allow_unused=True)
@@ -216,11 +240,16 @@ def optimum(objective: Objective, world: World, beta: float) -> Tensor | None:
 
 
 def _points(world: World) -> list[tuple[Tensor, float]]:
-    """Policies near the prior, far from it, and so close to the target that even total variation tells beta from 1.1 beta."""
+    """Policies at the prior, near it, far from it, and so close to the target that even total variation tells beta from 1.1 beta."""
     generator = torch.Generator().manual_seed(7)
     noise = torch.randn(world.rewards.shape, generator=generator, dtype=torch.float64)
     near, far = BETAS
-    return [(world.log_p0 + 0.3 * noise, near), (world.log_p0 + 1.2 * noise, far), (world.log_target(1.05 * far) + 0.01 * noise, far)]
+    return [
+        (world.log_p0, near),
+        (world.log_p0 + 0.3 * noise, near),
+        (world.log_p0 + 1.2 * noise, far),
+        (world.log_target(1.05 * far) + 0.01 * noise, far),
+    ]
 
 
 def _direction_gap(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
@@ -263,10 +292,12 @@ def _optimum_laws(objective: Objective) -> list[Law]:
     for world, beta in product(WORLDS, BETAS):
         best = optimum(objective, world, beta)
         assert best is not None
+        best = best.clamp(min=INSIDE).log_softmax(1)  # an optimum without mass on some answers is approached from inside
+        short = torch.logaddexp(best, world.log_p0) - math.log(2)
         for state in (fresh_state(objective, world), settled_state(objective, world, beta)):
             scale = float(expected_gradient(objective, world, world.log_p0, beta, state).norm())
             at = float(expected_gradient(objective, world, best, beta, state).norm())
-            halfway = float(expected_gradient(objective, world, (best + world.log_p0) / 2, beta, state).norm())
+            halfway = float(expected_gradient(objective, world, short, beta, state).norm())
             there = max(there, at / scale if scale > 0 and math.isfinite(at + scale) else math.inf)
             missed = min(missed, halfway / scale if scale > 0 else 0.0)
     return [
@@ -333,13 +364,223 @@ def check_decoding(decoding: AbstractDecoding) -> tuple[Law, ...]:
     )
 
 
-def check_sampler(sampler: AbstractSampler | AbstractDecoding) -> tuple[Law, ...]:
+def check_blend(blend: AbstractBlend) -> tuple[Law, ...]:
+    """Whether `law` makes laws of pairs of laws, each pair by itself, in no order of the tokens and in the type of its arguments."""
+    generator = torch.Generator().manual_seed(0)
+    sharp = torch.linspace(0.1, 6, 40, dtype=torch.float64)[:, None]
+    q, p0 = ((torch.randn(40, 12, generator=generator, dtype=torch.float64) * sharp).log_softmax(1) for _ in range(2))
+    bare = torch.arange(12) % 3 == 0  # tokens that neither has, below in some of the pairs
+    q, p0 = (torch.cat([x, x[:8].masked_fill(bare, -torch.inf).log_softmax(1)]) for x in (q, p0))
+    found = blend.law(q, p0)
+    mass = found.exp()
+    total = float((mass.sum(1) - 1).abs().nan_to_num(math.inf).max())
+    fresh = float(mass[40:, bare].nan_to_num(math.inf).max())
+    shuffle = torch.randperm(12, generator=generator)
+    moved = float((blend.law(q[:, shuffle], p0[:, shuffle]).exp() - mass[:, shuffle]).abs().nan_to_num(math.inf).max())
+    alone = torch.stack([blend.law(a, b) for a, b in zip(q, p0, strict=True)]).exp()
+    mixed = float((blend.law(q.view(3, 16, 12), p0.view(3, 16, 12)).exp().flatten(0, 1) - alone).abs().nan_to_num(math.inf).max())
+    single = blend.law(q.float(), p0.float())
+    coarse = float((single.double().exp() - mass).abs().nan_to_num(math.inf).max()) if single.dtype == torch.float32 else math.inf
+    return (
+        Law("a blended law is normalised", total < EXACT, total, "|sum q - 1|"),
+        Law("a token that neither has gets no mass", fresh == 0, fresh, "largest mass of such a token"),
+        Law("ids do not matter", moved < EXACT, moved, "mass moved by another order of the tokens"),
+        Law("each pair is blended by itself", mixed < EXACT, mixed, "mass moved by pairs beside it"),
+        Law("single precision is kept, and is enough", coarse < 1e-4, coarse, "mass apart from double; inf for another type"),
+    )
+
+
+@runtime_checkable
+class Converging(Protocol):
+    """A steering whose draws tend to p* as it spends more."""
+
+    def converged(self) -> AbstractSteering:
+        """Itself at an effort at which a few hundred draws are p*'s, where chi2(p*||p0) is a few."""
+        ...
+
+
+def _branching() -> World:
+    """Two prompts with 63 answers of one to five words, each length about as likely. The words 2 earn: a text half written says much."""
+    tokens, mask = sequences(3, 5, 0)
+    size, twos = mask.sum(1).tolist(), ((tokens == 2) & mask).sum(1).tolist()
+    counts = tuple(tuple((2 + (5 * i + p) % 3) << (5 - n) for i, n in enumerate(size)) for p in range(2))
+    reward = tuple(
+        tuple(round(0.3 * math.sin(1.7 * i + 2 * p) + 0.5 * t - 0.2 * n, 3) for i, (n, t) in enumerate(zip(size, twos, strict=True)))
+        for p in range(2)
+    )
+    return World(counts, reward, draws=1, length=5, vocabulary=3)
+
+
+BRANCHING: Final = _branching()
+
+
+@final
+class _Counted:
+    """A world's prior and reward, which count the tokens that they write and the texts that they score. Every text has a reward."""
+
+    name = "counted"
+
+    def __init__(self, world: World):
+        self.table = world.policy(world.log_p0)
+        every = self.table.enumerate()
+        texts = self.table.decode(every.tokens[None], every.mask[None])[0]
+        self.known = {(p, t): r for p, row in zip(self.table.prompts, world.reward, strict=True) for t, r in zip(texts, row, strict=True)}
+        self.tokens = self.calls = 0
+
+    def sample(self, prompts: Sequence[str], draws: int, max_new_tokens: int, seed: int) -> Draws:
+        found = self.table.sample(prompts, draws, max_new_tokens, seed)
+        self.tokens += int(found.mask.sum())
+        return found
+
+    def extend(self, prompts: Sequence[str], tokens: Tensor, mask: Tensor, new: int, seed: int) -> Draws:
+        found = self.table.extend(prompts, tokens, mask, new, seed)
+        self.tokens += int(found.mask.sum() - mask.sum())
+        return found
+
+    def log_prob(self, prompts: Sequence[str], tokens: Tensor, mask: Tensor) -> Tensor:
+        return self.table.log_prob(prompts, tokens, mask)
+
+    def states(self, prompts: Sequence[str], tokens: Tensor, mask: Tensor) -> Tensor:
+        return self.table.states(prompts, tokens, mask)
+
+    def decode(self, tokens: Tensor, mask: Tensor) -> list[list[str]]:
+        return self.table.decode(tokens, mask)
+
+    def reward(self, prompts: list[str], completions: list[str], **kwargs: object) -> list[float]:
+        self.calls += len(completions)
+        return [self.known[p, c] for p, c in zip(prompts, completions, strict=True)]
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Ran:
+    """What a steering gave in one call. answer [P, N]: index of each draw among the answers, -1 for none of them.  log_z [P, N] or None.
+
+    miscounted: tokens and reward calls, claimed against counted.  off: largest gap of log_q.
+    """
+
+    answer: Array
+    log_z: Array | None
+    miscounted: float
+    off: float
+
+
+def _steered(steering: AbstractSteering, beta: float, draws: int, seed: int) -> _Ran:
+    world, prior = BRANCHING, _Counted(BRANCHING)
+    target = TiltedPrior(prior, prior.reward, beta, reward_max=float(world.rewards.max()))
+    prompts, every = list(prior.table.prompts), prior.table.enumerate()
+    found = steering.steer(prior, target, prompts, draws, world.length, seed)
+    shape, tokens, mask = (len(prompts), draws, world.length), found.draws.tokens, found.draws.mask
+    if tuple(tokens.shape) != shape or (found.log_z is not None and found.log_z.shape != shape[:2]):
+        raise UserError(f"{type(steering).__name__}.steer: tokens {shape} and log_z {shape[:2]} expected, got {tuple(tokens.shape)}")
+    number = {tuple(row): i for i, row in enumerate(torch.where(every.mask, every.tokens, -1).tolist())}
+    answer = np.array([[number.get(tuple(row), -1) for row in rows] for rows in torch.where(mask, tokens, -1).tolist()])
+    said = every.log_prob[torch.arange(len(prompts))[:, None], torch.from_numpy(answer.clip(0))]
+    off = float((found.draws.log_q - said).abs()[torch.from_numpy(answer >= 0)].nan_to_num(math.inf).max())
+    return _Ran(answer, found.log_z, abs(found.prior_tokens - prior.tokens) + abs(found.reward_calls - prior.calls), off)
+
+
+def _cells() -> list[Array]:
+    """Of each prompt [K, S]: the answers by length, first word, and whether they earn more than the median, so that no cell is rare."""
+    every = sequences(BRANCHING.vocabulary, BRANCHING.length, 0)
+    rows = list(zip(every[1].sum(1).tolist(), every[0][:, 0].tolist(), strict=True))
+    out = []
+    for reward in BRANCHING.reward:
+        kind = [(*row, r > sorted(reward)[len(reward) // 2]) for row, r in zip(rows, reward, strict=True)]
+        out.append(np.array([[float(k == which) for k in kind] for which in sorted(set(kind))]))
+    return out
+
+
+def _spread(runs: Sequence[_Ran], cells: Sequence[Array]) -> float:
+    """How far the runs' counts in cells differ from each other beyond chance: chi-square's excess in its standard deviations."""
+    excess, freedom = 0.0, 0
+    for p, cell in enumerate(cells):
+        counts = np.array([cell[:, run.answer[p]].sum(1) for run in runs])  # [C, K]
+        expected = counts.mean(0)[counts.any(0)]
+        excess += float(((counts[:, counts.any(0)] - expected) ** 2 / expected).sum())
+        freedom += (len(runs) - 1) * (len(expected) - 1)
+    return abs(excess - freedom) / math.sqrt(2 * freedom) if freedom else 0.0
+
+
+def _apart(weight: Array, inside: Array, wanted: Array) -> float:
+    """Largest gap, in standard errors, of means over draws [N] from those wanted [K]: of weight times being in each cell [K, N]; and of
+    weight alone. No error is below that of a plain frequency, so that a cell in which no draw fell is not thought to be known exactly.
+    """
+    value = weight * np.concatenate([inside, np.ones((1, len(weight)))])
+    wanted = np.append(wanted, wanted.sum())
+    error = np.sqrt(np.maximum(value.var(1), wanted * (1 - wanted)) / len(weight)) + 1e-9
+    return float(np.max(np.abs(value.mean(1) - wanted) / error))
+
+
+def _proper_laws(runs: dict[float, list[_Ran]], cells: Sequence[Array]) -> list[Law]:
+    far, blind = 0.0, 0.0
+    for beta, some in runs.items():
+        for p, cell in enumerate(cells):
+            answer = np.concatenate([run.answer[p] for run in some])
+            log_z = np.concatenate([run.log_z[p] for run in some if run.log_z is not None])
+            unit = float((BRANCHING.log_p0 + BRANCHING.rewards / beta).logsumexp(1)[p])
+            right, wrong = (cell @ (BRANCHING.log_p0 + BRANCHING.rewards / b)[p].exp().numpy() for b in (beta, 1.5 * beta))
+            weight, inside, scale = np.exp(log_z - unit), cell[:, answer], math.exp(unit)
+            far = max(far, _apart(weight, inside, right / scale))
+            blind = max(blind, _apart(weight, inside, wrong / scale))
+    return [
+        Law("exp(log_z) is unbiased for Z, its draws weighted by it for p*", far < FAR, far, "standard errors, over cells of answers"),
+        Law("a beta wrong by 1.5 shows", blind > FAR, blind, "standard errors"),
+    ]
+
+
+def _limit_law(steering: AbstractSteering, cells: Sequence[Array]) -> Law:
+    far, tv = 0.0, 0.0
+    for turn, beta in enumerate(BETAS):
+        run = _steered(steering, beta, CLOSE, 2 * CALLS + turn)
+        for p, cell in enumerate(cells):
+            wanted, inside = cell @ BRANCHING.log_target(beta)[p].exp().numpy(), cell[:, run.answer[p]]
+            far = max(far, _apart(np.ones(CLOSE), inside, wanted))
+            tv = max(tv, 0.5 * float(np.abs(inside.mean(1) - wanted).sum()))
+    told = f"standard errors over {CLOSE} draws; TV over cells {tv:.3f}"
+    return Law("draws follow the target at the effort of `converged`", far < FAR, far, told)
+
+
+def check_steering(steering: AbstractSteering) -> tuple[Law, ...]:
+    """Whether draws are whole, seeded, independent of each other and counted; log_z is proper; and, of a `Converging` one, p* the limit."""
+    cells, near = _cells(), BETAS[0]
+    runs = {near: [_steered(steering, near, STEERED, seed) for seed in range(CALLS)]}
+    again = _steered(steering, near, STEERED, 0)
+    if again.log_z is not None:
+        runs[BETAS[1]] = [_steered(steering, BETAS[1], STEERED, CALLS + seed) for seed in range(CALLS)]
+    every = [run for some in runs.values() for run in some]
+    strange = float(sum((run.answer < 0).sum() for run in every))
+    off, miscounted = max(run.off for run in every), max(run.miscounted for run in every)
+    first, *others = runs[near]
+    unseeded = float((first.answer != again.answer).sum() + sum((first.answer == run.answer).all() for run in others))
+    laws = [
+        Law("draws are answers", strange == 0, strange, "draws that no answer is"),
+        Law("log_q is the prior's", off < 1e-4, off, "nats, largest gap of a token"),
+        Law("the same seed gives the same draws, another others", unseeded == 0, unseeded, "draws, or calls, for which that fails"),
+        Law("tokens and reward calls are counted", miscounted == 0, miscounted, "tokens and calls apart"),
+    ]
+    if strange:
+        return tuple(laws)
+    spread = _spread(runs[near], cells)
+    laws.append(Law("draws of one call are independent", spread < FAR, spread, "standard deviations of chi-square between calls"))
+    if again.log_z is not None:
+        laws += _proper_laws(runs, cells)
+    if isinstance(steering, Converging):
+        laws.append(_limit_law(steering.converged(), cells))
+    return tuple(laws)
+
+
+def check_sampler(sampler: Sampler) -> tuple[Law, ...]:
     """Whether `pick`, `log_ratio` and `cost` of a sampler describe one law. log_ratio is summed exactly; pick's frequencies are drawn.
 
-    A decoding has laws of its own, `check_decoding`.
+    Decodings, blends and steerings have laws of their own: `check_decoding`, `check_blend`, `check_steering`.
     """
     if isinstance(sampler, AbstractDecoding):
         return check_decoding(sampler)
+    if isinstance(sampler, AbstractBlend):
+        return check_blend(sampler)
+    if isinstance(sampler, AbstractSteering):
+        return check_steering(sampler)
     world = World(((2, 3, 4, 1),), ((1.0, -0.5, 2.0, 1.0),), draws=1, length=3)  # two answers tie in reward
     ceiling, reward, law_of_reward = 2.3, np.array(world.reward[0]), world.law(0)
     share = np.array(world.counts[0]) / sum(world.counts[0])

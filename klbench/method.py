@@ -102,6 +102,10 @@ class RewardLaw:
         there = weight > 0
         return cls(levels[there], weight[there] / weight.sum(), math.inf if mass is not None else float(len(reward)))
 
+    def log_success(self, reward: Array) -> Array:
+        """[N] log p0(.|right)/p0, right being the highest reward there is: -log of its share, -inf below it."""
+        return np.where(np.asarray(reward) >= self.levels[-1], -math.log(self.mass[-1]), -math.inf)
+
     def log_mean_exp(self, tilt: Array) -> float:
         """log E_p0[exp(tilt)], tilt [S] a level."""
         top = float(np.max(tilt))
@@ -208,14 +212,13 @@ class AbstractBlend(ABC):
 
 @dataclass(frozen=True)
 class Steered:
-    """What a steering gives. log_z [P, runs]: unbiased estimates of Z in logs, None where it makes none.
+    """What a steering gives. draws: their log_q is the prior's.
 
-    weight [P, N]: log-weights with which the draws stand for p*, 0 where they are draws as they are.  prior_tokens: tokens that the prior
-    wrote in all; reward_calls likewise.
+    log_z [P, N]: of each draw x by itself, with E[exp(log_z)] = Z and E[exp(log_z) f(x)] = Z E_p*[f] for every f, None where it knows of none.
+    prior_tokens: tokens that the prior wrote in all.  reward_calls: texts that the reward was asked for.
     """
 
     draws: Draws
-    weight: Array
     log_z: Array | None
     prior_tokens: int
     reward_calls: int

@@ -374,6 +374,10 @@ def own_kl(run: Run, sheet: Sheet, include: tuple[Path, ...]) -> Estimate | None
     def tilted(reward: Array) -> Array:
         return np.stack([objective.own(r, law, run.beta, samples) for r, law in zip(reward, laws, strict=True)])
 
+    if np.isneginf(tilted(own.reward)).any():
+        return estimate.exactly(math.inf, own.log_q.size, "the policy has mass where its own optimum has none")
+    if np.isneginf(tilted(bank.reward)).any():
+        return estimate.undefined("its own optimum has no mass where the prior has some: it is approached, and the rest cannot be told apart")
     top = np.maximum(tilted(bank.reward).max(1), tilted(tops[:, None])[:, 0] if np.isfinite(tops).all() else -np.inf)
     own, on_bank = (replace(rows, reward=tilted(rows.reward)) for rows in (own, on_bank))
     rest = sheet.rest

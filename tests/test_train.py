@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
 from tiny import continuations, exact, model, tokenizer
+from torch import Tensor
 
-from klbench import method
+from klbench import method, models
 from klbench import train as public_train
+from klbench.batch import Batch
 from klbench.errors import UserError
-from klbench.policies.causal_lm import CausalLM, wrap
+from klbench.method import AbstractObjective
+from klbench.policies.causal_lm import CausalLM, token_laws, wrap
 from klbench.record import Run, Score, Train
 from klbench.target import Policy, Reward, TiltedPrior
 from klbench.task import AbstractTask
@@ -65,7 +68,9 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("objective", ["rloo", "ppo", "dpg", "trajectory_balance", "dpo"])
+@pytest.mark.parametrize(
+    "objective", ["rloo", "ppo", "dpg", "trajectory_balance", "dpo", "actor_critic", "rb_kl", "hnpg", "conditional_training"]
+)
 @pytest.mark.parametrize("stop_at", [1, 3, 5])
 def test_a_killed_run_goes_on_bit_for_bit(objective: str, stop_at: int, prior: CausalLM, tmp_path: Path) -> None:
     run, task = asked(objective), Letters()
@@ -140,3 +145,80 @@ def test_curve_is_on_disk(prior: CausalLM, tmp_path: Path) -> None:
     _, curve = train(asked("reinforce"), Letters(), prior, tmp_path / "p")
     lines = [json.loads(line) for line in (tmp_path / "p" / "curve.jsonl").read_text().splitlines()]
     assert lines == curve and "kl_prior" not in curve[0]  # reinforce never asks the prior
+
+
+# what an objective may ask for
+
+
+@dataclass(frozen=True)
+class Asks(AbstractObjective):
+    """Wants everything, and keeps what it was given."""
+
+    seen: list[Batch] = field(default_factory=list)
+
+    optimum: ClassVar[str] = "none"
+    source: ClassVar[str] = "none"
+    draws: ClassVar[str] = "both"
+    needs_kl: ClassVar[bool] = True
+    needs_features: ClassVar[bool] = True
+    controls: ClassVar[tuple[str, str]] = ("a a", "b")
+
+    def loss(self, batch: Batch, beta: float) -> Tensor:
+        self.seen.append(batch)
+        return -batch.total(batch.log_q).mean()
+
+
+def test_the_trainer_gives_what_an_objective_asks_for(prior: CausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asks, run = Asks(), asked("rloo", steps=1)
+    monkeypatch.setattr("klbench.method.objective", lambda *_: asks)
+    train(run, Letters(), prior, tmp_path / "p")
+    batch = asks.seen[0]
+    assert batch.prompt is not None and batch.own is not None and batch.top is not None and batch.old_log_q is not None
+    assert batch.kl_token is not None and batch.features is not None and batch.other_log_q is not None
+    some = [Letters().prompts("train")[i] for i in batch.prompt.tolist()]
+    assert batch.own.tolist() == [[False, False, True, True]] * 2 and batch.top.tolist() == [1.0, 1.0]
+    first, second = (prior.prompted("q", text, ()) for text in Asks.controls)  # nothing has been learned at step 0
+    said = prior.log_prob(some, batch.tokens, batch.mask)
+    torch.testing.assert_close(batch.log_p0, said)
+    torch.testing.assert_close(batch.log_q.detach(), first.log_prob(some, batch.tokens, batch.mask))
+    torch.testing.assert_close(batch.other_log_q.detach(), second.log_prob(some, batch.tokens, batch.mask))
+    torch.testing.assert_close(batch.old_log_q, torch.where(batch.own[:, :, None], batch.log_q.detach(), said))
+    laws = token_laws(first, prior, some, batch.tokens, batch.mask)
+    torch.testing.assert_close(batch.kl_token.detach(), laws.cross - laws.entropy)
+    torch.testing.assert_close(batch.features, prior.states(some, batch.tokens, batch.mask)[:, :, :-1])
+    assert float((batch.kl_token.detach()[batch.mask]).min()) > 0  # the mutant: the same control for both laws
+
+
+def test_a_policy_trained_under_a_control_is_saved_with_it(prior: CausalLM, tmp_path: Path) -> None:
+    policy, _ = train(asked("conditional_training", steps=2), Letters(), prior, tmp_path / "p")
+    opened = models.open_policy("mine", str(tmp_path / "p"), prior)
+    assert isinstance(opened, CausalLM) and opened.system == policy.system is not None
+    tokens, mask = torch.tensor([[[1, 2, 0]]]), torch.ones(1, 1, 3, dtype=torch.bool)
+    torch.testing.assert_close(opened.log_prob(["a"], tokens, mask), policy.log_prob(["a"], tokens, mask))
+
+
+@dataclass(frozen=True)
+class Unbounded(Letters):
+    def target(self, prior: Policy, beta: float) -> TiltedPrior:
+        return TiltedPrior(prior, count_a, beta)
+
+
+def test_right_and_wrong_need_a_ceiling(prior: CausalLM, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="conditional_training learns from right and wrong, and the reward of letters has no declared"):
+        train(asked("conditional_training"), Unbounded(), prior, tmp_path / "p")
+    assert not (tmp_path / "p").exists()
+
+
+def test_prior_and_own_draws_need_four(prior: CausalLM, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="train.samples of at least 4, got 2"):
+        train(asked("hnpg", samples=2), Letters(), prior, tmp_path / "p")
+
+
+def test_the_curve_is_measured_at_even_steps_and_the_last(prior: CausalLM, tmp_path: Path) -> None:
+    _, curve = train(
+        asked("rloo", steps=7, curve=3), Letters(), prior, tmp_path / "p", measure=lambda policy, step: {"reverse_kl": 1.0 + step}
+    )
+    assert [row["step"] for row in curve if "reverse_kl" in row] == [3.0, 5.0, 7.0]
+    assert curve[-1]["samples"] == 7 * 2 * 4 and curve[-1]["reverse_kl"] == 7.0
+    _, without = train(asked("rloo", steps=3), Letters(), prior, tmp_path / "q", measure=lambda policy, step: {"reverse_kl": 0.0})
+    assert all("reverse_kl" not in row for row in without)

@@ -1,10 +1,12 @@
 """Best-of-n beside the posterior, families too small for it, and proxies that are followed too far: C17 to C21, C42, F06.
 
-b_n(x)  = p0(x) [F(r)^n - F(r-)^n] / P0(r)                 KL(b_n||p0) <= log n - (n-1)/n
-binary reward, p = P0(r = 1):   b_n = p*_beta   at   e^(1/beta) = ((1-p)^-n - 1) (1-p)/p
-KL(q||p0) = KL(p*||p0) + KL(q||p*)   for every q with E_q[r] = E_p*[r]
-fit of a family:   min_q D_f,   D_f = E_p*[ f(q/p*) ]
-over-optimisation:   gold E_q[g] against d = sqrt(KL(q||p0)),   q: best-of-n, or the tilt, by a proxy of the gold g
+    b_n(x)  = p0(x) [F(r)^n - F(r-)^n] / P0(r)                 KL(b_n||p0) <= log n - (n-1)/n
+    binary reward, p = P0(r = 1):   b_n = p*_beta   at   e^(1/beta) = ((1-p)^-n - 1) (1-p)/p
+    KL(q||p0) = KL(p*||p0) + KL(q||p*)   for every q with E_q[r] = E_p*[r]
+    fit of a family:   min_q D_f,   D_f = E_p*[ f(q/p*) ]
+    over-optimisation:   gold E_q[g] against d = sqrt(KL(q||p0)),   q: best-of-n, or the tilt, by a proxy of the gold g
+
+b_n is klbench's own (`RewardLaw.log_best_of`), D_f and its gradient those of `fdpg`.
 """
 
 from __future__ import annotations

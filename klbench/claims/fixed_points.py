@@ -50,7 +50,7 @@ SEEDS = range(4)
 def groups(right: torch.Tensor, log_q: torch.Tensor, log_p0: torch.Tensor) -> Batch:
     """One-token draws [P, K], right or wrong, fresh."""
     return Batch(
-        tokens=right.long()[:, :, None],
+        tokens=torch.zeros_like(right, dtype=torch.int64)[:, :, None],
         mask=torch.ones_like(right, dtype=torch.bool)[:, :, None],
         log_q=log_q[:, :, None],
         log_p0=log_p0[:, :, None],
@@ -245,7 +245,7 @@ def tapered(wrong: bool) -> Sequence[Check]:
         at_most("relative gap of a draw's gradient to REINFORCE's at q = mu", gap, 1e-8, 0.0),
         at_most("mean log q of the wrong under REINFORCE at time 2000, highest of 4", max(deep), -100, -760),
         near("its slope in the last decade over that before, lowest of 4", min(slopes), 1.0, 0.05),
-        near("highest of 4", max(slopes), 1.0, 0.05),
+        near("the same, highest of 4", max(slopes), 1.0, 0.05),
     ]
 
 
@@ -266,7 +266,7 @@ def closed(name: str, t: Toy, beta: float) -> Array:
 
 
 def trained(objective: AbstractObjective, t: Toy, beta: float) -> Array:
-    """[S] where the natural gradient flow from the prior stands at time 100. Its one group holds each answer once."""
+    """[S] where the natural gradient flow from the prior stands at time 300. Its one group holds each answer once."""
     log_p0, reward = torch.from_numpy(t.log_p0)[None], torch.from_numpy(t.reward)[None]
 
     def descend(_: float, logits: Array) -> Array:
@@ -274,7 +274,7 @@ def trained(objective: AbstractObjective, t: Toy, beta: float) -> Array:
         c = pull(objective, groups(reward, log_q, log_p0), beta)[0, :, 0].numpy()
         return np.asarray(len(c) * (softmax(logits) @ c - c))
 
-    return np.asarray(softmax(solve_ivp(descend, (0, 100), t.log_p0, method="LSODA", rtol=1e-6, atol=1e-8).y[:, -1]))
+    return np.asarray(softmax(solve_ivp(descend, (0, 300), t.log_p0, method="LSODA", rtol=1e-6, atol=1e-8).y[:, -1]))
 
 
 @claim(

@@ -4,7 +4,7 @@ Every experiment here is a refutation: its checks are those of the counterexampl
 F06 stands beside C42 in best_of_n.py, F08 beside C40 in online.py, on the toys of those claims.
 
     F02   Var[(w - 1) s] - Var[w s] = E_q[|s|^2] - 2 E_p*[|s|^2],   w = p*/q,   s = grad log q:   may have either sign
-    F07   posterior odds e^-x before a bonus of 2 x beta, e^x after it:   TV = tanh(x/2),   from a tie   tanh(x)/2 for the same bonus x beta
+    F07   posterior odds e^-x before a bonus of 2 x beta, e^x after it:   TV = tanh(x/2);   from a tie by the same bonus   tanh(x)/2
     F10   normalised by the spread, with a true KL beside it:   logit p - logit p_0 = E[s_K] / (beta p (1-p)),   not 1/beta
 """
 
@@ -261,8 +261,9 @@ def successes(wrong: bool) -> Sequence[Check]:
     "F10", "Dividing GRPO's advantages by the spread of the group only rescales the gradient.",
     source="arXiv:2402.03300", wrong="the group's mean taken off and no division",
     expected="fails", refutes=True,
-    note="Outside the KL term it makes beta a different one at each prompt, beta p (1-p)/E[s_K], beta times the spread for large groups "
-    "(right-or-wrong rewards in groups of two or three are the exception). Around a return that holds the KL it keeps p* and not the convergence: steps of a constant rate orbit it.",
+    note="Outside the KL term it makes beta a different one at each prompt, beta p (1-p)/E[s_K], beta times the spread for large groups; "
+    "only right-or-wrong rewards in groups of two or three are spared. Around a return that holds the KL it keeps p* and not the "
+    "convergence: steps of a constant rate orbit it.",
 )  # fmt: skip
 def rescaled(wrong: bool) -> Sequence[Check]:
     objective, draws = DrGRPO() if wrong else GRPO(delta=1e-12), 6
@@ -319,7 +320,7 @@ def wrong_z(wrong: bool) -> Sequence[Check]:
         found = descended(FDPG(generator), toy, beta, 0.5, rate, wrong)
         checks.append(at_most(f"{generator}: TV between the fits with log Z off by .5 and right", toys.tv(found, right), 1e-6, 0.0))
     state = settled_state(FDPG("tv"), at := world(toy, 2), beta) or {}
-    near_by = row(log_softmax(toy.log_target(beta) + [0.2, -0.2, 0.2, -0.2]))
+    near_by = row(log_softmax(toy.log_target(beta) + np.array([0.2, -0.2, 0.2, -0.2])))
     slope = expected_gradient(FDPG("tv"), at, near_by, beta, {**state, "log_z": state["log_z"] + 0.5})
     return [*checks, at_most("the qualifier, tv: gradient at another policy within the error", float(slope.norm()), 1e-12, 0.0)]
 

@@ -68,7 +68,8 @@ def random_policy(outcomes: int, seed: int, scale: float = 1.0) -> Array:
 def kl(log_q: Array, log_p: Array) -> float:
     """KL(q||p), nats."""
     q = np.exp(log_q)
-    return float(np.where(q > 0, q * (log_q - log_p), 0.0).sum())
+    there = q > 0
+    return float((q[there] * (log_q - log_p)[there]).sum())
 
 
 def tv(log_q: Array, log_p: Array) -> float:
@@ -77,4 +78,4 @@ def tv(log_q: Array, log_p: Array) -> float:
 
 def entropy(log_q: Array) -> float:
     q = np.exp(log_q)
-    return float(-np.where(q > 0, q * log_q, 0.0).sum())
+    return float(-(q[q > 0] * log_q[q > 0]).sum())

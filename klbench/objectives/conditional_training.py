@@ -11,11 +11,9 @@ Pitfalls: before training neither control means anything; a rare right answer is
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-import numpy as np
 from torch import Tensor
 
 from klbench.batch import Batch
@@ -47,4 +45,4 @@ class ConditionalTraining(AbstractObjective):
 
     def own(self, reward: Array, law: RewardLaw, beta: float, draws: int) -> Array:
         """[N] log p0(.|S=1)/p0 of `reward`: -inf where it is wrong."""
-        return np.where(reward >= law.levels[-1], -math.log(law.mass[-1]), -math.inf)
+        return law.log_success(reward)

@@ -6,10 +6,10 @@
     E[grad loss] = -beta E[ sigma(-m_l) (mean_k s(y_k) - negative s(y_l)) ],   s = grad log q: how q came to draw y_k has no gradient
 
 With N = 1 and negative 1 this is DPO's loss of the pair (own draw, wrong draw), the own one said to win.
-Optimum: none. The margin grows without bound and its gradient vanishes with it; once no wrong answer is drawn, right ones rest where they
-keep the prior's proportions.  Source: Duan et al. 2024, arXiv:2403.03419 (11 own draws; alpha = beta = .1: negative is
+Optimum: none. The margin grows without bound and its gradient vanishes with it; the prior's proportions among right answers are no resting
+point, and what they end as is left to the path.  Source: Duan et al. 2024, arXiv:2403.03419 (11 own draws; alpha = beta = .1: negative is
 alpha/beta). The paper's two reference models are one here, the prior.
-Pitfall: an own draw is pulled up even where it is wrong; only that wrong ones of the prior are pushed down as well undoes it.
+Pitfall: an own draw is pulled up even where it is wrong; a wrong answer that the prior seldom draws is pushed by nobody and can take all.
 """
 
 from __future__ import annotations

@@ -47,5 +47,6 @@ class EXO(AbstractObjective):
 
     def _divergence(self, u: Tensor, reward: Tensor, beta: float) -> Tensor:
         """[P] between the two laws on each group; u, reward [P, K]."""
-        policy, wanted = (beta**self.split * u).log_softmax(1), (reward / beta ** (1 - self.split)).log_softmax(1)
-        return (wanted.exp() * (wanted - policy) if self.forward else policy.exp() * (policy - wanted)).sum(1)
+        policy, wanted = (float(beta**self.split) * u).log_softmax(1), (reward / float(beta ** (1 - self.split))).log_softmax(1)
+        first, second = (wanted, policy) if self.forward else (policy, wanted)
+        return (first.exp() * (first - second)).sum(1)

@@ -9,7 +9,8 @@ Optimum: none that a policy attains. A free u would be the classifier's logit ov
 loss falls with all mass moved to right answers and is convex in q/p0 among them: its infimum a log(1 + a^beta), a = p0(right), is
 approached by p0(. | right), the prior conditioned on success, at every beta.
 Source: Yuan et al. 2024, arXiv:2412.01981 (beta .05).
-Pitfall: as a model of the reward it is read through u alone; as a policy it forgets beta.
+Pitfall: as a policy it forgets beta, and where right answers are rarely drawn the mass that leaves the wrong ones goes to answers that
+nobody draws.
 """
 
 from __future__ import annotations

@@ -68,5 +68,8 @@ class INPO(AbstractObjective):
                 break
             share, last = (max(share / 2, 0.01), far) if far > last else (share, far)
             tilt = tilt + share * move
-        best = lambda r: expit(np.asarray(r)[:, None] - law.levels) @ q / beta  # noqa: E731
+
+        def best(r: Array) -> Array:
+            return np.asarray(expit(np.asarray(r)[:, None] - law.levels) @ q / beta)
+
         return np.asarray(best(reward) - law.log_mean_exp(best(law.levels)))

@@ -7,8 +7,8 @@
 
 Below eps the logarithm goes on as its tangent: the gradient of the paper's straight-through clamp, and a loss it is the gradient of.
 omega "dr_grpo": 1 - p;  "grpo": sqrt((1 - p)/p).  At q = p0 the gradient is that of Dr. GRPO or of GRPO, draw by draw.
-Optimum: its own, p0(.|S=1); beta is not read. With draws of the last policy in place of the prior's one fit gives q_old(.|S=1), so an
-iteration tends to right answers alone, in proportions that its path decides; prior draws pin them to the prior's.
+Optimum: its own, p0(.|S=1); beta is not read. With the last policy's draws in place of the prior's, a full fit gives q_old(.|S=1); single
+steps, which the paper takes, tend to right answers alone in proportions that their path decides. Prior draws pin them to the prior's.
 Source: Chen et al. 2025, arXiv:2505.18116 (omega 1 - p, eps 1, log R cut at 10).  Pitfalls: the paper's ratio is per token, exact only for
 one; here it is the answer's. No wrong answer keeps any mass at the optimum, so KL(q || own) is infinite on the way.
 """
@@ -20,7 +20,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Final, final
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -76,4 +75,4 @@ class NFT(AbstractObjective):
 
     def own(self, reward: Array, law: RewardLaw, beta: float, draws: int) -> Array:
         """[N] log p0(.|S=1)/p0 of `reward`: -inf where it is wrong."""
-        return np.where(reward >= law.levels[-1], -math.log(law.mass[-1]), -math.inf)
+        return law.log_success(reward)

@@ -14,11 +14,9 @@ at the optimum, so KL(q || own) is infinite on the way.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-import numpy as np
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -53,4 +51,4 @@ class NPO(AbstractObjective):
 
     def own(self, reward: Array, law: RewardLaw, beta: float, draws: int) -> Array:
         """[N] log p0(.|S=1)/p0 of `reward`: -inf where it is wrong."""
-        return np.where(reward >= law.levels[-1], -math.log(law.mass[-1]), -math.inf)
+        return law.log_success(reward)

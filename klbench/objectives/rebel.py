@@ -5,8 +5,8 @@
     huber d > 0:  e^2 where |e| <= d, d (2 |e| - d) beyond: an outlier among the rewards pulls with a bounded force
 
 Optimum: the target p*, where every e is 0: no noise is left, and nothing runs to infinity as with certain labels.
-Source: Gao et al. 2024, REBEL, arXiv:2404.16767; Fisch et al. 2024, arXiv:2405.19316. Both regress against a fixed policy: here the prior,
-the only one whose log-ratio has p* as its zero. On the policy's own draws the squared loss is VarGrad's.
+Source: Gao et al. 2024, REBEL, arXiv:2404.16767, u measured from the last iterate; Fisch et al. 2024, arXiv:2405.19316, from the prior,
+as here: only so is p* the zero. On the policy's own draws the squared loss is twice VarGrad's.
 Pitfall: it needs the scale of the reward, not the order alone.
 """
 

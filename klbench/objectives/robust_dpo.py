@@ -72,11 +72,14 @@ class RobustDPO(AbstractObjective):
 
     def own(self, reward: Array, law: RewardLaw, beta: float, draws: int) -> Array:
         """[N] log of the optimum over p0 of `reward`: cDPO's by Newton's method at the levels of the law, by bisection anywhere."""
-        if self.unbiased:
+        if self.unbiased or self.flip == 0:
             return np.asarray(reward / beta - law.log_mean_exp(law.levels / beta))
         kept = (1 - 2 * self.flip) ** 2
-        beats = lambda at, to: expit(at[:, None] - to) @ law.mass  # noqa: E731
-        goal, u = 0.5 + kept * (beats(law.levels, law.levels) - 0.5), kept * law.levels  # beta u, the norm left out
+
+        def beats(at: Array, to: Array) -> Array:
+            return np.asarray(expit(at[:, None] - to) @ law.mass)
+
+        goal, u = 0.5 + kept * (beats(law.levels, law.levels) - 0.5), np.zeros(len(law.levels))  # beta times the u of the formula
         for _ in range(STEPS):
             gap = goal - beats(u, u)
             if (worst := float(np.abs(gap).max())) < CLOSE:

@@ -1,7 +1,8 @@
 """RPO: DPO plus a little of the chosen answer's own likelihood, the adversarial regulariser that SFT is.
 
     u = log(q/p0),   h_ij = u(y_i) - u(y_j),   P_ij = sigma(r_i - r_j)
-    loss = -mean over prompts and pairs i < j of [ P_ij (log sigma(beta h_ij) + eta log q(y_i)) + (1 - P_ij) (the same of j over i) ],   y ~ p0
+    l_ij = log sigma(beta h_ij) + eta log q(y_i)
+    loss = -mean over prompts and pairs i < j of [ P_ij l_ij + (1 - P_ij) l_ji ],   y ~ p0
     E[grad loss] = DPO's + eta grad KL(c || q),   c(x) = 2 p0(x) w(x),   w(x) = P(x beats a prior draw)
 
 Optimum: its own, p0 e^u with   2 beta (w - sum_j p0_j sigma(beta (u - u_j))) + eta (2 w - e^u) = 0   at every answer, which makes it sum
@@ -29,6 +30,7 @@ from klbench.preferences import bradley_terry, pairs
 
 NODES: Final = 128  # levels of the reward that are solved together; more are merged, at a cost of (range/128)^2/240 of a win rate
 CLOSE: Final = 1e-13  # of a win rate
+TINY: Final = 1e-300
 STEPS: Final = 60  # of either search, at most
 
 
@@ -68,8 +70,13 @@ class RPO(AbstractObjective):
     def own(self, reward: Array, law: RewardLaw, beta: float, draws: int) -> Array:
         """[N] log of the optimum over p0 of `reward`: Newton's method at the levels of the law, bisection anywhere."""
         levels, mass = _merged(law)
-        beats = lambda at, to: expit(at[:, None] - to) @ mass  # noqa: E731
-        short = lambda v, u, w: 2 * beta * (w - beats(beta * v, beta * u)) + self.eta * (2 * w - np.exp(v))  # noqa: E731
+
+        def beats(at: Array, to: Array) -> Array:
+            return np.asarray(expit(at[:, None] - to) @ mass)
+
+        def short(v: Array, u: Array, w: Array) -> Array:
+            return 2 * beta * (w - beats(beta * v, beta * u)) + self.eta * (2 * w - np.exp(np.minimum(v, 700)))
+
         wins, u = beats(levels, levels), np.zeros(len(levels))
         for _ in range(STEPS):
             gap = short(u, u, wins)
@@ -82,7 +89,7 @@ class RPO(AbstractObjective):
             u = u + step
 
         def at(r: Array) -> Array:
-            w = beats(r, levels)
+            w = np.maximum(beats(r, levels), TINY)
             low, high = np.minimum(u.min() + np.log(w) / beta, np.log(2 * w)), np.log(2 * w * (1 + beta / self.eta))
             for _ in range(STEPS):
                 middle = (low + high) / 2
@@ -98,5 +105,5 @@ def _merged(law: RewardLaw) -> tuple[Array, Array]:
     if len(law.levels) <= NODES:
         return law.levels, law.mass
     bins = np.digitize(law.levels, np.linspace(law.levels[0], law.levels[-1], NODES + 1)[1:-1])
-    mass = np.bincount(bins, law.mass)
-    return np.bincount(bins, law.mass * law.levels)[mass > 0] / mass[mass > 0], mass[mass > 0]
+    mass, first = np.bincount(bins, law.mass).astype(np.float64), np.bincount(bins, law.mass * law.levels)
+    return np.asarray(first[mass > 0] / mass[mass > 0]), mass[mass > 0]

@@ -4,10 +4,10 @@
     loss = -mean_pk (w_pk / Z_pk) log q(y_pk),   y ~ p0          E[grad loss] = grad KL(p* || q)  times  E[Z_p / Z_pk]
 
 Z_pk is the mean of all weights of the prompt seen so far and of the group's other draws: never of y_pk itself, which would bend the
-direction towards the prior (weights that sum to 1 in a group of 2 miss p* by a total variation above .1). One fit on the prior's draws
-has beta as it is; K refits, each on the last one's draws, would have beta/K.
-Optimum: the target p*.  Source: Peters and Schaal 2007; on language models Korbak et al. 2023, arXiv:2302.08582 (rewards of tokens, beta 10,
-weights cut at 1000).  Pitfalls: a cut changes the optimum, so nothing is cut; the weights' variance is chi2(p* || p0).
+direction towards the prior (with weights that sum to 1 in a group of 2, five answers end .1 or more from p* in total variation). One fit
+on the prior's draws has beta as it is; n refits, each on the last one's draws, would have beta/n.
+Optimum: the target p*.  Source: Peters and Schaal 2007; on language models Korbak et al. 2023, arXiv:2302.08582 (rewards of tokens,
+beta 10, weights cut at 1000).  Pitfalls: a cut changes the optimum, so nothing is cut; the weights' variance is chi2(p* || p0).
 """
 
 from __future__ import annotations

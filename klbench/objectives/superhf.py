@@ -6,7 +6,7 @@
 
 Optimum: none known. Of the reward only the order counts, so beta is no temperature; a KL at given prefixes forgets what a token leads to.
 With one-token answers every resting point has log(q/p0) = (b_K/q)/beta + const, with b_K/q between 0 and K.
-Source: Mukobi et al. 2023, arXiv:2310.16763; the public code takes KL(p0 || q) at each prefix, means over tokens, and a coefficient of its own.
+Source: Mukobi et al. 2023, arXiv:2310.16763; the public code takes KL(p0 || q) at each prefix, and means over tokens.
 Pitfall: without the KL every round is another best-of-K, and q collapses on the best answer.
 """
 

@@ -53,16 +53,18 @@ def _shared(vocabulary: int, length: int, eos: int | None) -> Tensor:
 
 
 @lru_cache(maxsize=32)
-def _longer(vocabulary: int, length: int, eos: int | None) -> Tensor:
-    """[M, V] int64: which of the M prefixes each becomes with one more word, the empty one being number 0; -1 for none."""
+def _prefixes(vocabulary: int, length: int, eos: int | None) -> tuple[Tensor, Tensor]:
+    """The M beginnings of answers by number, the empty one being 0: which one more word makes of each, [M, V] int64, -1 for none; and
+    those of each answer, [S, T + 1], that of its end repeated.
+    """
     tokens, mask = sequences(vocabulary, length, eos)
     bodies = [tuple(row[: int(kept.sum())]) for row, kept in zip(tokens.tolist(), mask, strict=True)]
     number = {prefix: i for i, prefix in enumerate(dict.fromkeys(x[:t] for t in range(length + 1) for x in bodies))}
-    table = torch.full((len(number), vocabulary), -1)
+    longer = torch.full((len(number), vocabulary), -1)
     for prefix, i in number.items():
         if prefix:
-            table[number[prefix[:-1]], prefix[-1]] = i
-    return table
+            longer[number[prefix[:-1]], prefix[-1]] = i
+    return longer, torch.tensor([[number[x[:t]] for t in range(length + 1)] for x in bodies])
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,30 +129,34 @@ class Tabular:
         if not 1 <= t + new <= self.length:
             raise UserError(f"this table answers in 1 to {self.length} tokens, not {t + new}")
         uniform = torch.rand(P * N, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        every, rows = self.enumerate(), self._rows(prompts)
-        number, back = self._prefixes(prompts, tokens, mask)[..., t].flatten().unique(return_inverse=True)
-        one = torch.zeros_like(number).scatter_(0, back, torch.arange(P * N))  # a draw of each prefix: a law a prefix, not a draw
-        begins = self._beginning(every, tokens.view(1, P * N, t)[:, one], mask.view(1, P * N, t)[:, one])[0]
-        law = self.logits.detach().double().softmax(1).cpu()[rows[one // N]] * begins
-        cumulative = law.cumsum(1)
-        cumulative = cumulative / cumulative[:, -1:] + torch.arange(len(law))[:, None]
+        every, kept = sequences(self.vocabulary, self.length, self.eos)
+        longer, along = _prefixes(self.vocabulary, self.length, self.eos)
+        law = self.logits.detach().double().softmax(1).cpu()
+        fresh = torch.cat([torch.ones_like(kept[:, :1]), kept], 1)
+        mass = law.new_zeros(len(law), len(longer)).index_add(1, along[fresh], (law[:, :, None] * fresh)[:, fresh])
+        # a law a prefix, not a draw: there are many draws and few prefixes
+        number, back = self._at(prompts, tokens, mask)[..., t].flatten().unique(return_inverse=True)
+        given = law[number // len(longer)] * (along[:, t] == (number % len(longer))[:, None])
+        cumulative = given.cumsum(1)
+        cumulative = cumulative / cumulative[:, -1:] + torch.arange(len(given))[:, None]
         point = back + uniform * (1 - 2**-30)  # a sum with `back` must not round up to the next law
-        picked = (torch.searchsorted(cumulative.flatten(), point, right=True) - back * law.shape[1]).view(P, N)
-        log_q = every.log_prob.detach().cpu()[rows[:, None], picked][..., : t + new]
-        log_q = torch.cat([torch.zeros_like(log_q[..., :t]), log_q[..., t:]], 2)
-        return Draws(every.tokens[picked][..., : t + new], every.mask[picked][..., : t + new], log_q.float())
+        picked = (torch.searchsorted(cumulative.flatten(), point, right=True) - back * len(every)).view(P, N)
+        said = mass[self._rows(prompts)[:, None, None], along[picked]].log().diff(dim=2)[..., : t + new]
+        said[..., :t] = 0.0
+        return Draws(every[picked][..., : t + new], kept[picked][..., : t + new], said.float())
 
     def states(self, prompts: Sequence[str], tokens: Tensor, mask: Tensor) -> Tensor:
         """[P, N, T + 1, D] one-hot of the prompt and the prefix before each token and of the whole: a value on them can be any function.
 
         Raises UserError for a draw that no answer begins with.
         """
-        width = len(self.prompts) * len(_longer(self.vocabulary, self.length, self.eos))
-        return torch.nn.functional.one_hot(self._prefixes(prompts, tokens, mask), width).float()
+        width = len(self.prompts) * len(_prefixes(self.vocabulary, self.length, self.eos)[0])
+        at = self._at(prompts, tokens, mask)
+        return torch.zeros(*at.shape, width).scatter_(3, at[..., None], 1.0)
 
-    def _prefixes(self, prompts: Sequence[str], tokens: Tensor, mask: Tensor) -> Tensor:
-        """[P, N, T + 1] int64: a number for each prompt and prefix. Raises UserError for a draw that no answer begins with."""
-        longer = _longer(self.vocabulary, self.length, self.eos)
+    def _at(self, prompts: Sequence[str], tokens: Tensor, mask: Tensor) -> Tensor:
+        """[P, N, T + 1] the number of each prefix plus M times that of the prompt. Raises UserError for a draw that no answer begins with."""
+        longer, _ = _prefixes(self.vocabulary, self.length, self.eos)
         word = tokens.clamp(0, self.vocabulary - 1)
         at = torch.zeros(*tokens.shape[:2], tokens.shape[2] + 1, dtype=torch.int64)
         for t in range(tokens.shape[2]):

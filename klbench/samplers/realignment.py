@@ -2,8 +2,8 @@
 
     q(v | prefix) = p0(v | prefix)^(1-lam) pi(v | prefix)^lam / norm          lam 0: the prior, 1: the policy pi, above 1: beyond it
 
-Taken over whole outputs, the same mixture of p0 and p*_beta is p*_(beta/lam) exactly; the norm of each token depends on the prefix, so that
-taken token by token it is only near it: on two tokens with lam = .5, .55 in place of .60 (claim C37).
+Taken over whole outputs, the same mixture of p0 and p*_beta is p*_(beta/lam) exactly. The norm of each token depends on the prefix, so that
+token by token it is only near that: where claim C37 has .546 for a first word at lam = .5, this gives it .602.
 A token that pi or p0 lacks has no mass at any lam but 0, which is p0 as it is, and 1, which is pi.  Source: Liu et al. 2024,
 arXiv:2402.02992; with p0 and pi of another size it is emulated fine-tuning.
 """

@@ -27,8 +27,9 @@ from klbench.method import AbstractSampler, RewardLaw
 STEP: Final = 0.3  # of the grid in log t: exp(-pi^2/.3) = 5e-15
 LEFT: Final = 1e-12  # share of the integral below the grid
 RIGHT: Final = 40.0  # exp(-40) of it above
-FAR: Final = 40.0  # nats below every level, from where w(x) has nothing to add to the sum
-CHUNK: Final = 2_000_000  # entries of one table of exponentials
+FAR: Final = 40.0  # nats beyond every level, from where w(x) adds nothing to the sum of the others, or they nothing to it
+CHUNK: Final = 1_000_000  # entries of one table of exponentials
+NODES: Final = 1000  # and rows
 
 
 @final
@@ -45,23 +46,25 @@ class SNIS(AbstractSampler):
             raise UserError(f"snis: at least 1 particle expected, got {self.particles}")
 
     def log_ratio(self, reward: Array, law: RewardLaw, beta: float, reward_max: float) -> Array:
-        """[N] nats. Raises UserError when the law rests on fewer than 8 draws a particle: its N-th power would then live on a few of them."""
+        """[N] nats. Raises UserError when the law rests on fewer than 8N draws: the N-th power of phi would then live on a few of them."""
         if self.particles > law.draws / 8:
             raise UserError(f"snis:{self.particles} needs a bank of at least {8 * self.particles} draws a prompt, got {law.draws:g}")
         if len(reward) == 0:
             return np.zeros(0)
-        levels, own = law.levels / beta, np.asarray(reward, dtype=np.float64) / beta
-        top = max(float(levels.max()), float(own.max()))
-        levels, own = levels - top, own - top
+        top, n = float(law.levels.max()), self.particles
+        levels = (law.levels - top) / beta
+        own = np.minimum((np.asarray(reward, dtype=np.float64) - top) / beta, FAR)
         near = np.maximum(own, float(levels.min()) - FAR)
-        first, last = math.log(LEFT / self.particles), math.log(RIGHT) - float(near.min())
+        first, last = math.log(LEFT / n) - max(float(near.max()), 0.0), math.log(RIGHT) - float(near.min())
         total = np.full(len(own), -math.inf)
-        for u in np.array_split(np.arange(first, last + STEP, STEP), 1 + int(last - first) * (len(levels) + len(own)) // CHUNK):
+        size = min(NODES, 1 + CHUNK // (len(levels) + len(own)))
+        grid = np.arange(first, last + STEP, STEP)
+        for u in (grid[i : i + size] for i in range(0, len(grid), size)):
             with np.errstate(divide="ignore"):
-                log_phi = np.log(_gone(u[:, None] + levels) @ law.mass)
-            rest = u + (self.particles - 1) * np.maximum(log_phi, -1e300)  # 0 times -inf, for a single particle, is 0
-            total = np.logaddexp(total, logsumexp(rest - np.exp(np.minimum(near[:, None] + u, 700.0)), axis=1))
-        return np.asarray(math.log(self.particles * STEP) + own + total)
+                log_phi = np.log(np.exp(-_times(u, levels)) @ law.mass)
+            rest = u + (n - 1) * np.maximum(log_phi, -1e300)  # finite, so that a single particle's 0 times it is 0
+            total = np.logaddexp(total, logsumexp(rest[:, None] - _times(u, near), axis=0))
+        return np.asarray(math.log(n * STEP) + own + total)
 
     def pick(self, reward: Array, beta: float, reward_max: float, draws: int, seed: int) -> tuple[NDArray[np.int64], int]:
         """One of each block of N, at one uniform number a block. Raises UserError when there are fewer than draws * N."""
@@ -78,6 +81,7 @@ class SNIS(AbstractSampler):
         return float(self.particles)
 
 
-def _gone(log_x: Array) -> Array:
-    """exp(-exp(log_x)): 0, not an overflow, where x is beyond all numbers."""
-    return np.asarray(np.exp(-np.exp(np.minimum(log_x, 700.0))))
+def _times(log_t: Array, log_w: Array) -> Array:
+    """[U, S] t w, from logarithms of which those of t span less than 700: neither factor overflows where the product is of account."""
+    middle = float(log_t.mean())
+    return np.exp(log_t - middle)[:, None] * np.exp(np.minimum(log_w + middle, 350.0))

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from klbench.batch import Batch
-from klbench.laws import World, check_objective, expected_gradient
+from klbench.laws import WORLDS, World, check_objective, expected_gradient, stated_gradient
 from klbench.method import RewardLaw
 from klbench.objectives.conditional_training import ConditionalTraining
 
-TWO = World(counts=((3, 2, 1),), reward=((1.0, 0.0, 1.0),), draws=2, length=2)
+TWO = World(counts=((3, 2, 1),), reward=((1.0, 0.0, 1.0),), draws=1, length=2)
 
 
 def test_laws_hold(broken):
@@ -25,9 +25,13 @@ def cloned(batch, every=False, per_token=False, push=0.0):
 
 
 @pytest.mark.parametrize("wrong", [{}, {"every": True}, {"push": 0.1}])
-def test_mutants_are_rejected(mutant, broken, wrong):
-    found = broken(check_objective(mutant(ConditionalTraining, loss=lambda self, batch, beta: cloned(batch, **wrong))))
-    assert bool(found) == bool(wrong)
+def test_mutants_are_rejected(mutant, wrong):
+    world = WORLDS[1]
+    logits = world.log_p0 + 0.9 * world.rewards.sin()
+    found = expected_gradient(mutant(ConditionalTraining, loss=lambda self, batch, beta: cloned(batch, **wrong)), world, logits, 1.0)
+    wanted = stated_gradient(ConditionalTraining(), world, logits, 1.0)
+    gap = float((found - wanted).norm() / wanted.norm())
+    assert gap > 1e-2 if wrong else gap < 1e-6
 
 
 @pytest.mark.parametrize("wrong", [{}, {"per_token": True}])
@@ -46,8 +50,8 @@ def test_declaring_the_posterior_is_rejected(mutant, broken):
 
 def test_training_ends_at_the_right_answers_of_the_prior():
     logits = TWO.log_p0.clone().requires_grad_()
-    adam = torch.optim.Adam([logits], lr=0.2)
-    for _ in range(80):
+    adam = torch.optim.Adam([logits], lr=0.5)
+    for _ in range(30):
         logits.grad = expected_gradient(ConditionalTraining(), TWO, logits, 1.0)
         adam.step()
     q = logits.detach().softmax(1)[0]

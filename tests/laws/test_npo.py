@@ -1,4 +1,4 @@
-"""Laws of NPO: gradient ascent weighed by W = 2 sigma(beta u), so that a wrong answer's log q falls like log steps; its end is p0(.|right)."""
+"""Laws of NPO: gradient ascent weighed by W = 2 sigma(beta u); a wrong answer's log q falls like log steps; the end is p0(.|right)."""
 
 import math
 

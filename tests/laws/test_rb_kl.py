@@ -49,9 +49,8 @@ def test_half_a_gradient_is_rejected(mutant, broken, wrong):
     assert "the gradient vanishes at the declared optimum" in found
 
 
-@pytest.mark.parametrize("factor", [1.1, -1.0])
-def test_a_wrong_beta_is_rejected(mutant, broken, factor):
-    assert broken(check_objective(mutant(RBKL, loss=lambda self, batch, beta: RBKL().loss(batch, beta * factor))))
+def test_a_wrong_beta_is_rejected(mutant, broken):
+    assert broken(check_objective(mutant(RBKL, loss=lambda self, batch, beta: RBKL().loss(batch, beta * 1.1))))
 
 
 def test_one_token_answers_need_the_first_half_alone(mutant):

@@ -13,7 +13,7 @@ from klbench.objectives.reward_dropout import RewardDropout
 from klbench.objectives.rloo import RLOO
 
 
-@pytest.mark.parametrize("threshold", [0.0, 0.35, -0.4, -9.0])
+@pytest.mark.parametrize("threshold", [0.0, 0.35])
 def test_laws_hold(broken, threshold):
     assert broken(check_objective(RewardDropout(threshold))) == []
 
@@ -46,7 +46,6 @@ def plain(batch, beta, drop, kl=1.0):
     [
         (lambda r: r * (r >= 0), 1.0, True),
         (lambda r: r, 1.0, False),
-        (lambda r: r.abs(), 1.0, False),
         (lambda r: r * (r >= 0) * (r >= r.median(1, keepdim=True).values), 1.0, False),  # the batch's own quantile
         (lambda r: r * (r >= 0), 1.1, False),
     ],

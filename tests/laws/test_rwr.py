@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from klbench.batch import Batch
-from klbench.laws import WORLDS, World, check_objective, expected_gradient, fresh_state, stated_gradient
+from klbench.laws import WORLDS, World, check_objective, expected_gradient, fresh_state, settled_state, stated_gradient
 from klbench.objectives.rwr import RWR
 
 WORLD = WORLDS[0]
@@ -32,17 +32,17 @@ def test_the_first_visit_is_exact_in_direction():
     assert off_direction(RWR()) < 1e-12
 
 
-def test_dividing_a_weight_by_a_mean_that_holds_it_is_rejected(mutant, broken):
-    wrong = mutant(RWR, loss=lambda self, *given: weighted(*given, own_z=True))
-    assert off_direction(wrong) > 1e-3
-    assert broken(check_objective(wrong))
+def test_dividing_a_weight_by_a_mean_that_holds_it_is_rejected(mutant):
+    assert off_direction(mutant(RWR, loss=lambda self, *given: weighted(*given, own_z=True))) > 1e-3
 
 
 @pytest.mark.parametrize("wrong", [{}, {"most": 10.0}, {"per_token": True}])
-def test_mutants_are_rejected(mutant, broken, wrong):
-    # a fresh state has no log_z and the doubles take 0 for it: only the laws at the settled one are asked
-    names = broken(check_objective(mutant(RWR, loss=lambda self, *given: weighted(*given, **wrong))))
-    assert ("the expected gradient is that of the stated loss" in names) == bool(wrong)
+def test_mutants_are_rejected(mutant, wrong):
+    made, world = mutant(RWR, loss=lambda self, *given: weighted(*given, **wrong)), WORLDS[0]
+    found = expected_gradient(made, world, LOGITS, 0.7, settled_state(made, world, 0.7))
+    wanted = stated_gradient(RWR(), world, LOGITS, 0.7)
+    gap = float((found - wanted).norm() / wanted.norm())
+    assert gap > 1e-2 if wrong else gap < 1e-6
 
 
 def test_self_normalised_weights_of_two_miss_the_target():
