@@ -41,7 +41,7 @@ def found(name: str, out: Path) -> dict[str, dict[str, float]]:
             chosen, out, executor=executors.load("local"), console=Console(file=sys.stderr), command="", on_event=progress
         )
     rates: dict[str, dict[str, float]] = {}
-    for record in outcome.records:
+    for record in (r for r in outcome.records if r.run.kind == "objective"):
         told = next(match for note in record.notes if (match := re.match(r"learning rate (\S+),", note)))
         rates.setdefault(record.run.task, {})[record.run.method] = float(told.group(1))
     return rates

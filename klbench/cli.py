@@ -266,7 +266,8 @@ def ls(kind: Annotated[str, typer.Argument(help=" | ".join(KINDS))]) -> None:
     else:
         from klbench import claims
 
-        rows = ([c.id, c.tier, c.expected, c.statement, c.source] for c in claims.catalogue().values())
+        every = (c for tier in claims.TIERS for c in claims.catalogue(tier).values())
+        rows = ([c.id, c.tier, c.expected, c.statement, c.source] for c in every)
         _table(["claim", "tier", "expected", "statement", "paper"], rows)
 
 

@@ -10,6 +10,9 @@ many orders above rounding. An objective may offer two methods beyond its contra
     own(reward [N], law: RewardLaw, beta, draws) -> [N]                 log of its optimum over p0; required where optimum is "own",
                                                                         or own_tilt where that reads more than the reward
 
+and a steering one, `Converging.converged`, whose draws are then held to p*. What a steering draws nobody can sum over: its laws compare
+frequencies with exact sums, at fixed seeds.
+
 A state entry called "log_z" is an objective's own estimate of log Z per prompt and "seen" the draws behind it: the law on the
 gradient sets both to the truth, the law on the optimum starts from the first visit too.
 """
@@ -54,6 +57,7 @@ FAR: Final = 4.5  # standard errors that a sampler's frequency may be off; the s
 CALLS: Final = 4  # of a steering, at seeds of their own
 STEERED: Final = 250  # draws a prompt of each
 CLOSE: Final = 1000  # and of one that should have converged
+RARE: Final = 0.02  # of p*: a frequency is near normal from here
 
 
 @dataclass(frozen=True)
@@ -481,13 +485,16 @@ def _steered(steering: AbstractSteering, beta: float, draws: int, seed: int) -> 
 
 
 def _cells() -> list[Array]:
-    """Of each prompt [K, S]: the answers by length, first word, and whether they earn more than the median, so that no cell is rare."""
+    """Of each prompt [K, S]: the answers by length, first word, and whether they earn more than the median; rare cells are one."""
     every = sequences(BRANCHING.vocabulary, BRANCHING.length, 0)
     rows = list(zip(every[1].sum(1).tolist(), every[0][:, 0].tolist(), strict=True))
     out = []
-    for reward in BRANCHING.reward:
+    for p, reward in enumerate(BRANCHING.reward):
         kind = [(*row, r > sorted(reward)[len(reward) // 2]) for row, r in zip(rows, reward, strict=True)]
-        out.append(np.array([[float(k == which) for k in kind] for which in sorted(set(kind))]))
+        cell = np.array([[float(k == which) for k in kind] for which in sorted(set(kind))])
+        share = np.stack([cell @ BRANCHING.log_target(beta)[p].exp().numpy() for beta in BETAS])
+        rare = share.min(0) < RARE
+        out.append(np.concatenate([cell[~rare], cell[rare].sum(0, keepdims=True)]))
     return out
 
 

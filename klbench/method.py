@@ -214,7 +214,7 @@ class AbstractBlend(ABC):
 class Steered:
     """What a steering gives. draws: their log_q is the prior's.
 
-    log_z [P, N]: of each draw x by itself, with E[exp(log_z)] = Z and E[exp(log_z) f(x)] = Z E_p*[f] for every f, None where it knows of none.
+    log_z [P, N]: of each draw x by itself, with E[exp(log_z)] = Z and E[exp(log_z) f(x)] = Z E_p*[f] for every f; None where it has none.
     prior_tokens: tokens that the prior wrote in all.  reward_calls: texts that the reward was asked for.
     """
 

@@ -47,6 +47,8 @@ FLOORS: dict[str, float] = {
     "klbench.priors": 3,
     "klbench.objectives": 3,
     "klbench.samplers": 3,
+    "klbench.samplers.smc": 2.8,  # the filter that other steerings run
+    "klbench.samplers.twisted_smc": 2.9,  # and the value fit
     "klbench.bank": 3,
     "klbench.pool": 3,
     "klbench.sheet": 3.7,

@@ -20,19 +20,19 @@ TIERS: Final = ("exact", "quick")
 NOT_EXPERIMENTS: Final = ("contract", "toys", "report")
 
 
-def catalogue() -> dict[str, Claim]:
-    """Every claim by id, C01 to C48, then F01 to F12."""
+def catalogue(tier: str = "exact") -> dict[str, Claim]:
+    """Every claim of a tier by id, C01 to C48, then F01 to F12."""
     for module in pkgutil.iter_modules(__path__):
         if module.name not in NOT_EXPERIMENTS:
             importlib.import_module(f"klbench.claims.{module.name}")
-    return dict(sorted(CLAIMS.items()))
+    return {i: claim for (at, i), claim in sorted(CLAIMS.items()) if at == tier}
 
 
 def chosen(ids: Sequence[str], tier: str) -> list[Claim]:
     """Claims of a tier, all or those named. Raises UserError with the nearest id."""
     if tier not in TIERS:
         raise unknown("tier", tier, TIERS)
-    every = {c.id: c for c in catalogue().values() if c.tier == tier}
+    every = catalogue(tier)
     for i in ids:
         if i.upper() not in every:
             raise unknown(f"claim of the {tier} tier", i, every)
@@ -45,11 +45,12 @@ class Part:
     """One claim as a piece of work. `id` is the claim's."""
 
     id: str
+    tier: str
 
 
 def work(part: Part, report: Callable[[dict[str, Any]], None]) -> None:
     """One claim in a worker: its verdict, and the verdict with the wrong ingredient."""
-    claim = catalogue()[part.id]
+    claim = catalogue(part.tier)[part.id]
     report({"phase": "verdict", "right": _plain(claim.run()), "wrong": claim.run(wrong=True).verdict})
 
 
@@ -89,7 +90,7 @@ def run(
         else:
             on_event(event)
 
-    parts = [Part(c.id) for c in claims]
+    parts = [Part(c.id, tier) for c in claims]
     listen({"phase": "plan", "cells": len(parts), "kept": 0})
     if workers == 0:
         for part in parts:

@@ -123,7 +123,7 @@ class Verdict:
         return self.verdict == self.claim.expected
 
 
-CLAIMS: Final[dict[str, Claim]] = {}
+CLAIMS: Final[dict[tuple[str, str], Claim]] = {}  # by tier and id
 
 
 def claim(
@@ -132,9 +132,9 @@ def claim(
     """Registers an experiment under its id."""
 
     def register(experiment: Experiment) -> Experiment:
-        if id in CLAIMS or expected not in VERDICTS:
+        if (tier, id) in CLAIMS or expected not in VERDICTS:
             raise ValueError(f"claim {id}: twice, or expected {expected!r}")
-        CLAIMS[id] = Claim(id, statement, source, wrong, experiment, expected, refutes, tier, note)
+        CLAIMS[tier, id] = Claim(id, statement, source, wrong, experiment, expected, refutes, tier, note)
         return experiment
 
     return register

@@ -30,13 +30,16 @@ def number(x: float | None) -> str:
 
 
 def range_of(check: Check) -> str:
-    """Where the claim puts the number."""
+    """Where the claim puts the number; "it" is the predicted one."""
     if math.isinf(check.least) and math.isinf(check.most):
         return "any"
     if math.isinf(check.most):
         return f"at least {number(check.least)}"
     if math.isinf(check.least):
         return f"at most {number(check.most)}"
+    middle, reach = (check.least + check.most) / 2, (check.most - check.least) / 2
+    if check.predicted is not None and abs(middle - check.predicted) <= 1e-9 * max(1.0, abs(middle)) + 1e-3 * reach:
+        return f"within {reach:.1g} of it"
     return f"{number(check.least)} to {number(check.most)}"
 
 

@@ -236,7 +236,7 @@ class Passes:
             logits_to_keep=1 + K * (T - 1),
         ).logits
         first = out[:, :1, None].expand(P, 1, K, out.shape[-1]).transpose(1, 2)  # the prompt's last position predicts all K
-        rest = out[:, 1:].view(P, K, T - 1, -1)
+        rest = out[:, 1:].view(P, K, T - 1, out.shape[-1])
         return torch.cat([first, rest], 2).float()
 
     def plain(self, rows: Rows, tokens: Tensor) -> Tensor:

@@ -155,7 +155,7 @@ class Tabular:
         return torch.zeros(*at.shape, width).scatter_(3, at[..., None], 1.0)
 
     def _at(self, prompts: Sequence[str], tokens: Tensor, mask: Tensor) -> Tensor:
-        """[P, N, T + 1] the number of each prefix plus M times that of the prompt. Raises UserError for a draw that no answer begins with."""
+        """[P, N, T + 1] the number of each prefix plus M times its prompt's. Raises UserError for a draw that no answer begins with."""
         longer, _ = _prefixes(self.vocabulary, self.length, self.eos)
         word = tokens.clamp(0, self.vocabulary - 1)
         at = torch.zeros(*tokens.shape[:2], tokens.shape[2] + 1, dtype=torch.int64)

@@ -10,7 +10,7 @@ import torch
 from test_smc import CONVERGES, EVERY, TABLE, WORLD, answers, off, reward, rewritten, steering
 from tiny import model, tokenizer
 
-from klbench import streams
+from klbench import laws, streams
 from klbench.errors import UserError
 from klbench.laws import check_steering
 from klbench.policies.causal_lm import wrap
@@ -60,18 +60,15 @@ def test_no_length_factor_is_rejected(broken):
 @pytest.mark.parametrize(
     "old, new, says",
     [
-        (
-            "for k in cut.unique()",
-            "cut = (cut - 1).clamp(min=0)\n    for k in cut.unique()",
-            CONVERGES,
-        ),  # the last token is never left alone
-        ("into[p, n, k:] = part[:, 0, k:]", "into[p, n, k + 1 :] = part[:, 0, k + 1 :]", "draws are answers"),
+        # the last token is never left alone
+        ("for k in cut.unique()", "cut = (cut - 1).clamp(min=0)\n    for k in cut.unique()", CONVERGES),
         ("written += int(more.mask[..., k:].sum())", "written += int(more.mask.sum())", "tokens and reward calls are counted"),
-        ('streams.seed(seed, f"{k}")', "k", "log_q is the prior's"),
+        ("zip(_parts(other), _parts(more), strict=True)", "zip(_parts(other)[:2], _parts(more))", "log_q is the prior's"),
     ],
 )
 def test_a_broken_proposal_is_rejected(monkeypatch, broken, old, new, says):
     rewritten(monkeypatch, mcmc, "proposed", old, new)
+    monkeypatch.setattr(laws, "CLOSE", 1000 if says == CONVERGES else 50)
     assert says in broken(check_steering(MCMC(4)))
 
 
@@ -82,6 +79,7 @@ def test_a_wrong_beta_is_rejected(broken, factor):
 
 def test_one_proposal_for_all_chains_is_rejected(monkeypatch, broken):
     monkeypatch.setattr(mcmc, "proposed", lambda *given, made=mcmc.proposed: _first(made(*given)))
+    monkeypatch.setattr(laws, "CLOSE", 50)
     assert "draws of one call are independent" in broken(check_steering(MCMC(4)))
 
 
