@@ -212,7 +212,7 @@ class _Hands:
         """Of text, taken apart."""
         if spec.base == PRIOR and not spec.adapter:
             if any(isinstance(x, AbstractBlend) for x in spec.decodings):
-                raise UserError(f"{self.name}: a blend mixes a policy with the prior: write POLICY@{self.name.rpartition('@')[2]}")
+                raise UserError(f"{self.name}: a blend mixes a policy with the prior: name the policy, as in POLICY@realignment:0.5")
             return self._prior().prompted(self.name, spec.system, [x for x in spec.decodings if isinstance(x, AbstractDecoding)])
         base, adapter = spec.base, spec.adapter
         if not adapter and adapters.is_adapter(Path(base)):
