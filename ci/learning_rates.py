@@ -2,7 +2,7 @@
 
     python ci/learning_rates.py methods [--write]     # prints the rates; --write puts them under `methods:` of the suite's file
 
-Every method has the same FACTORS of the suite's rate and the same draws. What is written is a stated default: the suite itself searches nothing.
+Every method has the same FACTORS of the suite's rate and the same draws. What is written is a stated default: the suite searches nothing.
 """
 
 from __future__ import annotations

@@ -38,8 +38,8 @@ ENTRIES: Final[dict[str, tuple[str, tuple[str, ...], str]]] = {
     "B2.12": ("D3S down-sampling", ("d3s",), ""),
     "B2.13": ("Reward dropout", ("reward_dropout",), ""),
     "B2.14": ("Entropy-regularised policy optimisation", ("epo",), ""),
-    "B2.15": ("Several rewards", (), "a way to make one reward of several: every objective here trains on such a reward as on any other"),
-    "B2.16": ("Policy internalisation, context distillation", (), "a reward, log p0(x|c, policy text) - log p0(x|c) at beta 1, for every objective here"),
+    "B2.15": ("Several rewards", (), "one reward made of several, on which every objective trains as on any other"),
+    "B2.16": ("Policy internalisation, context distillation", (), "a reward, log p0(x|c, text) - log p0(x|c), for every objective"),
     "B2.17": ("NFT", ("nft",), ""),
     "B2.18": ("TOPR", ("topr",), ""),
     "B2.19": ("Hybrid data", ("hnpg",), ""),
@@ -62,7 +62,7 @@ ENTRIES: Final[dict[str, tuple[str, tuple[str, ...], str]]] = {
     "B5.1": ("Unlikelihood", ("unlikelihood",), ""),
     "B5.2": ("NPO", ("npo",), ""),
     "B5.3": ("D2O", ("d2o",), ""),
-    "B5.4": ("Targeted negative training", (), "it needs a list of banned tokens at each prefix; a task here gives a reward of whole answers"),
+    "B5.4": ("Targeted negative training", (), "it is told which token of an answer is at fault; a reward here judges whole answers"),
 }  # fmt: skip
 
 

@@ -303,8 +303,8 @@ class Board:
         single = ["reward", "kl_prior", "entropy", "entropy_target", "distinct_2", "distinct_2_target"]
         head += [*single, "status", "certain_low", "certain_high"]
         cells = [head]
-        for table, standing in ((table, standing) for table in self.tables for standing in table.methods):
-            line = [table.title, _place_text(standing.rank, "-"), f"{standing.method} x{len(standing.seeds)} seeds"]
+        for of, standing in [(table, standing) for table in self.tables for standing in table.methods]:
+            line = [of.title, _place_text(standing.rank, "-"), f"{standing.method} x{len(standing.seeds)} seeds"]
             for name in ("reverse_kl", "wasted_nats"):
                 figure = standing.columns.get(name)
                 line += ["-"] * 3 if figure is None else [_number(figure.value), _number(figure.low), _number(figure.high)]

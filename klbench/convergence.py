@@ -113,7 +113,9 @@ def check_ending(objective: Objective) -> tuple[Law, ...]:
         found = ending(objective, how)
         assert found.own is not None
         gap = max(found.own, found.outside)
-        laws.append(Law(f"training with {how} gradients ends at the declared optimum", found.arrived, gap, "nats to it, or mass outside it"))
+        laws.append(
+            Law(f"training with {how} gradients ends at the declared optimum", found.arrived, gap, "nats to it, or mass outside it")
+        )
         if objective.optimum == "own":
             short = found.target > NEAR or found.apart < 2 * NEAR
             laws.append(Law(f"training with {how} gradients does not end at the posterior", short, found.target, "nats to the posterior"))

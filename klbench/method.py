@@ -102,6 +102,14 @@ class RewardLaw:
         there = weight > 0
         return cls(levels[there], weight[there] / weight.sum(), math.inf if mass is not None else float(len(reward)))
 
+    def merged(self, most: int) -> RewardLaw:
+        """The same law on at most `most` levels: neighbours in equal parts of the range become their mean."""
+        if len(self.levels) <= most:
+            return self
+        bins = np.digitize(self.levels, np.linspace(self.levels[0], self.levels[-1], most + 1)[1:-1])
+        mass, first = np.bincount(bins, self.mass).astype(np.float64), np.bincount(bins, self.mass * self.levels)
+        return RewardLaw(np.asarray(first[mass > 0] / mass[mass > 0]), mass[mass > 0], self.draws)
+
     def log_success(self, reward: Array) -> Array:
         """[N] log p0(.|right)/p0, right being the highest reward there is: -log of its share, -inf below it."""
         return np.where(np.asarray(reward) >= self.levels[-1], -math.log(self.mass[-1]), -math.inf)

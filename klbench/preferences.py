@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from klbench.estimate import Array
 
 
 def pairs(draws: int) -> tuple[Tensor, Tensor]:
@@ -19,3 +25,12 @@ def bradley_terry(reward: Tensor) -> Tensor:
     """
     i, j = pairs(reward.shape[1])
     return torch.sigmoid(reward[:, i] - reward[:, j])
+
+
+def bisected(short: Callable[[Array], NDArray[np.bool_]], low: Array, high: Array, steps: int) -> Array:
+    """Where `short` turns from true to false between low and high, elementwise: the win rate that a log-ratio has to reach."""
+    for _ in range(steps):
+        middle = (low + high) / 2
+        below = short(middle)
+        low, high = np.where(below, middle, low), np.where(below, high, middle)
+    return np.asarray((low + high) / 2)

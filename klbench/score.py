@@ -377,7 +377,7 @@ def own_kl(run: Run, sheet: Sheet, include: tuple[Path, ...]) -> Estimate | None
     if np.isneginf(tilted(own.reward)).any():
         return estimate.exactly(math.inf, own.log_q.size, "the policy has mass where its own optimum has none")
     if np.isneginf(tilted(bank.reward)).any():
-        return estimate.undefined("its own optimum has no mass where the prior has some: it is approached, and the rest cannot be told apart")
+        return estimate.undefined("its own optimum has no mass where the prior has some: it is approached, never reached")
     top = np.maximum(tilted(bank.reward).max(1), tilted(tops[:, None])[:, 0] if np.isfinite(tops).all() else -np.inf)
     own, on_bank = (replace(rows, reward=tilted(rows.reward)) for rows in (own, on_bank))
     rest = sheet.rest

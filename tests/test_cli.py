@@ -115,7 +115,7 @@ def test_help_needs_neither_torch_nor_numpy_nor_rich() -> None:
 
 def test_what_later_issues_bring_is_not_there_yet() -> None:
     commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
-    assert sorted(commands) == ["accuracy", "doctor", "leaderboard", "ls", "run", "score", "train", "validate"]
+    assert sorted(commands) == ["accuracy", "claims", "doctor", "leaderboard", "ls", "run", "score", "train", "validate"]
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_grammar(here: Path, text: str, spec: Spec) -> None:
     "text, says",
     [
         ("base@temperatur:0.7", "no sampler 'temperatur'; did you mean 'temperature'"),
-        ("base@best_of_n:4", "'best_of_n:4' picks among whole outputs"),
+        ("base@best_of_n:4", "'best_of_n:4' draws from the prior by itself"),
         ("base@temperature:0", "a number above 0 expected"),
         ("base@", "with nothing empty"),
         ("base+", "with nothing empty"),
@@ -78,7 +78,7 @@ def test_grammar(here: Path, text: str, spec: Spec) -> None:
         ("@temperature:1", "with nothing empty"),
         ("base@system:none.txt", "system prompt 'none.txt' cannot be read"),
         ("base@system:brief.txt,system:brief.txt", "one system prompt expected"),
-        ("temperature:0.7,rejection", "'rejection' picks among whole outputs"),
+        ("temperature:0.7,rejection", "'rejection' draws from the prior by itself"),
     ],
 )
 def test_grammar_refuses(here: Path, text: str, says: str) -> None:

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from klbench import method
 from klbench.board import Board, Row
 from klbench.record import Record
 
 QUICK = Path(__file__).parents[1] / "leaderboards" / "quick"
+METHODS = QUICK.with_name("methods")
 TASKS = ("bias", "factuality", "toxicity")
 
 
@@ -65,6 +67,23 @@ def test_files_are_what_the_records_make(tmp_path: Path) -> None:
     board = Board.read(QUICK)
     assert (QUICK / "board.json").read_text() == board.to_json()
     assert (QUICK / "board.csv").read_text() == board.to_csv()
+
+
+def test_every_method_has_five_seeds_on_the_methods_board_and_its_files_are_what_the_records_make() -> None:
+    board = Board.read(METHODS)
+    (table,) = board.tables
+    assert sorted(standing.method for standing in table.methods) == method.names("objectives")
+    assert (METHODS / "board.json").read_text() == board.to_json()
+    assert (METHODS / "methods.csv").read_text() == board.methods_csv()
+    assert board.above_frontier(0.999) == []
+
+
+def test_who_aims_at_the_posterior_halves_the_prior_s_distance_on_the_methods_board() -> None:
+    (table,) = Board.read(METHODS).tables
+    (prior,) = {value(row, "reverse_kl") for row in table.rows if row.record.run.method == "ancestral" and row.record.run.seed == 0}
+    for standing in table.methods:
+        if method.objective(standing.method).optimum == "target":
+            assert (standing.columns["reverse_kl"].value or 0) < prior / 2, standing.method
 
 
 def test_samples_are_the_ones_that_were_scored() -> None:

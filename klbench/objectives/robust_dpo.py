@@ -27,7 +27,7 @@ from klbench.batch import Batch
 from klbench.errors import UserError
 from klbench.estimate import Array
 from klbench.method import AbstractObjective, RewardLaw
-from klbench.preferences import bradley_terry, pairs
+from klbench.preferences import bisected, bradley_terry, pairs
 
 CLOSE: Final = 1e-13  # of a win rate
 STEPS: Final = 60  # of either search, at most
@@ -93,11 +93,7 @@ class RobustDPO(AbstractObjective):
         def at(r: Array) -> Array:
             wanted = 0.5 + kept * (beats(r, law.levels) - 0.5)
             low, high = u[0] + np.log(wanted), u[-1] - np.log1p(-wanted)
-            for _ in range(STEPS):
-                middle = (low + high) / 2
-                short = beats(middle, u) < wanted
-                low, high = np.where(short, middle, low), np.where(short, high, middle)
-            return np.asarray((low + high) / 2 / beta)
+            return np.asarray(bisected(lambda middle: beats(middle, u) < wanted, low, high, STEPS) / beta)
 
         return np.asarray(at(np.asarray(reward)) - law.log_mean_exp(at(law.levels)))
 

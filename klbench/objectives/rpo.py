@@ -26,7 +26,7 @@ from klbench.batch import Batch
 from klbench.errors import UserError
 from klbench.estimate import Array
 from klbench.method import AbstractObjective, RewardLaw
-from klbench.preferences import bradley_terry, pairs
+from klbench.preferences import bisected, bradley_terry, pairs
 
 NODES: Final = 128  # levels of the reward that are solved together; more are merged, at a cost of (range/128)^2/240 of a win rate
 CLOSE: Final = 1e-13  # of a win rate
@@ -69,7 +69,8 @@ class RPO(AbstractObjective):
 
     def own(self, reward: Array, law: RewardLaw, beta: float, draws: int) -> Array:
         """[N] log of the optimum over p0 of `reward`: Newton's method at the levels of the law, bisection anywhere."""
-        levels, mass = _merged(law)
+        merged = law.merged(NODES)
+        levels, mass = merged.levels, merged.mass
 
         def beats(at: Array, to: Array) -> Array:
             return np.asarray(expit(at[:, None] - to) @ mass)
@@ -91,19 +92,6 @@ class RPO(AbstractObjective):
         def at(r: Array) -> Array:
             w = np.maximum(beats(r, levels), TINY)
             low, high = np.minimum(u.min() + np.log(w) / beta, np.log(2 * w)), np.log(2 * w * (1 + beta / self.eta))
-            for _ in range(STEPS):
-                middle = (low + high) / 2
-                above = short(middle, u, w) > 0
-                low, high = np.where(above, middle, low), np.where(above, high, middle)
-            return np.asarray((low + high) / 2)
+            return bisected(lambda middle: short(middle, u, w) > 0, low, high, STEPS)
 
         return np.asarray(at(np.asarray(reward)) - law.log_mean_exp(at(law.levels)))
-
-
-def _merged(law: RewardLaw) -> tuple[Array, Array]:
-    """The law's levels and their mass, neighbours merged where there are more than NODES."""
-    if len(law.levels) <= NODES:
-        return law.levels, law.mass
-    bins = np.digitize(law.levels, np.linspace(law.levels[0], law.levels[-1], NODES + 1)[1:-1])
-    mass, first = np.bincount(bins, law.mass).astype(np.float64), np.bincount(bins, law.mass * law.levels)
-    return np.asarray(first[mass > 0] / mass[mass > 0]), mass[mass > 0]

@@ -64,7 +64,7 @@ def group(log_q, log_p0, reward, prompt):
 
 
 def test_the_state_is_the_log_mean_of_all_weights():
-    state = DPG().init(3)
+    state = DPG().init(3, 0)
     zero = torch.zeros(1, 2, dtype=torch.float64)
     for reward, prompt in (([0.0, 1.0], 2), ([2.0, 0.5], 2), ([3.0, 3.0], 0)):
         _, state = DPG().loss(group(zero, zero, torch.tensor([reward], dtype=torch.float64), [prompt]), 0.5, state)
@@ -74,7 +74,7 @@ def test_the_state_is_the_log_mean_of_all_weights():
 
 
 def test_the_given_state_is_left_alone():
-    state = DPG().init(1)
+    state = DPG().init(1, 0)
     zero = torch.zeros(1, 2, dtype=torch.float64)
     DPG().loss(group(zero, zero, zero + 1, [0]), 0.5, state)
     assert state["seen"].tolist() == [0.0]
@@ -83,4 +83,4 @@ def test_the_given_state_is_left_alone():
 def test_prompt_is_needed():
     one = torch.zeros(1, 2, 1)
     with pytest.raises(ValueError, match="prompt"):
-        DPG().loss(Batch(one.long(), one.bool() | True, one, one, one[..., 0], one[..., 0]), 1.0, DPG().init(1))
+        DPG().loss(Batch(one.long(), one.bool() | True, one, one, one[..., 0], one[..., 0]), 1.0, DPG().init(1, 0))

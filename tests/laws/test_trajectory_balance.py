@@ -57,7 +57,7 @@ def group():
 
 def test_visits_by_hand():
     objective = TrajectoryBalance()
-    first = objective.init(2)
+    first = objective.init(2, 0)
     # gaps .5 - 2 = -1.5 and -.5; each draw starts at the other's minus: e = .5 - 1.5, 1.5 - .5
     loss, second = objective.loss(group(), 0.5, first)
     assert loss.item() == pytest.approx(1.0)
@@ -72,4 +72,4 @@ def test_visits_by_hand():
 
 def test_prompt_is_needed():
     with pytest.raises(ValueError, match="prompt"):
-        TrajectoryBalance().loss(replace(group(), prompt=None), 1.0, TrajectoryBalance().init(2))
+        TrajectoryBalance().loss(replace(group(), prompt=None), 1.0, TrajectoryBalance().init(2, 0))
