@@ -33,7 +33,7 @@ def with_intercept(pool: Pool) -> tuple[Array, Array]:
 def test_a_collapsed_policy_does_not_move_log_z() -> None:
     rng = np.random.default_rng(3)
     prior = Table.random(rng, 2, V, T)
-    policy, reward = sharpened(prior, 14.0), rng.random((2, V**T))
+    policy, reward = sharpened(prior, 14.0), rng.random((3, 2, V**T))[2]
     truth = float(np.log(np.exp(prior.log_prob() + reward / BETA).sum(1)).mean())
     errors: dict[str, list[float]] = {"ours": [], "mutant": []}
     held = 0
