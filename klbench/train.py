@@ -59,7 +59,8 @@ def train(
     if objective.controls is not None:
         policy = policy.prompted(run.id, objective.controls[0], ())
     width = prior.passes.hidden if objective.needs_features else 0
-    state: State = objective.init(len(prompts), width) if isinstance(objective, AbstractStatefulObjective) else {}
+    given: State = objective.init(len(prompts), width) if isinstance(objective, AbstractStatefulObjective) else {}
+    state = {name: value.detach().to(prior.device).requires_grad_(value.requires_grad) for name, value in given.items()}
     own = [t for t in state.values() if t.requires_grad]
     groups: list[dict[str, Any]] = [{"params": list(policy.model.parameters()), "scale": settings.lr}]
     if own:
