@@ -172,7 +172,11 @@ def parent(folder: Path) -> subprocess.Popen[bytes]:
     script = folder / "parent.py"
     script.write_text(PARENT.format(here=str(HERE), folder=str(folder)))
     environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
-    return subprocess.Popen([sys.executable, str(script)], env=environment, start_new_session=True, stderr=subprocess.PIPE)
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests started in the background ignore it, and so would this child
+    try:
+        return subprocess.Popen([sys.executable, str(script)], env=environment, start_new_session=True, stderr=subprocess.PIPE)
+    finally:
+        signal.signal(signal.SIGINT, heard)
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
