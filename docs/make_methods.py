@@ -162,12 +162,9 @@ def why_not_halved(name: str, optimum: str, every: dict[str, dict[str, Any]]) ->
         if float(last) > float(first) / 2:
             out.append(
                 f"On quick, {table['task']}: {float(last):.3f} nats after its draws, the prior {float(first):.3f}; more than half is left. "
-                f"{REASONS.get((name, table['task']), REASONS.get((name, ''), 'The budget of the suite ends before it arrives.'))}"
+                "The budget of the suite ends before it arrives."
             )
     return out
-
-
-REASONS: Final[dict[tuple[str, str], str]] = {}
 
 
 def page(name: str, package: str, every: dict[str, dict[str, Any]]) -> str:

@@ -33,6 +33,7 @@ FLOORS: dict[str, float] = {
     "klbench.target": 1,
     "klbench.weights": 1,
     "klbench.preferences": 1,
+    "klbench.normaliser": 2.5,  # log Z of train prompts, for objectives that weigh by it
     "klbench.method": 2,
     "klbench.task": 2,
     "klbench.suite": 2,

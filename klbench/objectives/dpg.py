@@ -15,9 +15,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-import torch
 from torch import Tensor
 
+from klbench import normaliser
 from klbench.batch import Batch
 from klbench.method import AbstractStatefulObjective, State
 
@@ -30,7 +30,7 @@ class DPG(AbstractStatefulObjective):
 
     def init(self, prompts: int, width: int) -> State:
         """log_z [prompts]: log mean of the weights seen; seen [prompts]: how many. float64."""
-        return {"log_z": torch.zeros(prompts, dtype=torch.float64), "seen": torch.zeros(prompts, dtype=torch.float64)}
+        return normaliser.start(prompts)
 
     def loss(self, batch: Batch, beta: float, state: State) -> tuple[Tensor, State]:
         """Scalar, nats. Reads log_q, log_p0 [P, K, T], reward [P, K], prompt [P]. Raises ValueError when K < 2 or without prompt."""
@@ -39,15 +39,8 @@ class DPG(AbstractStatefulObjective):
             raise ValueError(f"dpg needs prompt and K >= 2 draws of each, got {draws}")
         log_q = batch.total(batch.log_q)  # [P, K] nats
         log_w = (batch.total(batch.log_p0) + batch.reward / beta - log_q).detach().double()
-        seen = state["seen"][batch.prompt]
-        past = state["log_z"][batch.prompt] + seen.log()  # log of the sum; -inf at the first visit
-        itself = torch.eye(draws, dtype=torch.bool, device=log_w.device)
-        rest = log_w[:, None, :].masked_fill(itself, -torch.inf).logsumexp(2)  # [P, K]
-        log_z = torch.logaddexp(past[:, None], rest) - (seen[:, None] + draws - 1).log()
+        log_z, new = normaliser.leave_one_out(log_w, batch.prompt, state)
         advantage = (log_w - log_z).exp() - 1
-        new = {name: value.clone() for name, value in state.items()}
-        new["seen"][batch.prompt] = seen + draws
-        new["log_z"][batch.prompt] = torch.logaddexp(past, log_w.logsumexp(1)) - (seen + draws).log()
         return -(advantage.to(log_q.dtype) * log_q).mean(), new
 
     def stated(self, log_q: Tensor, log_p0: Tensor, reward: Tensor, beta: float, draws: int) -> Tensor:
