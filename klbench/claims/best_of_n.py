@@ -25,22 +25,12 @@ from torch import Tensor
 from klbench.claims import toys
 from klbench.claims.contract import Check, at_least, at_most, claim, near
 from klbench.estimate import Array
-from klbench.laws import World, expected_gradient, settled_state
+from klbench.laws import expected_gradient, settled_state
 from klbench.method import RewardLaw
 from klbench.objectives.fdpg import FDPG
 from klbench.objectives.sft import SFT
 
 SEEDS = range(5)
-
-
-def world(toy: toys.Toy, draws: int) -> World:
-    """The toy as one prompt with answers of one token. 2^53: its prior is kept to the last bit."""
-    return World((tuple(round(p * 2**53) for p in toy.p0.tolist()),), (tuple(toy.reward.tolist()),), draws, 1, len(toy.p0))
-
-
-def best_of(toy: toys.Toy, n: int) -> Array:
-    """[S] log b_n."""
-    return np.asarray(toy.log_p0 + RewardLaw.of(toy.reward, toy.p0).log_best_of(toy.reward, n))
 
 
 def with_mean(toy: toys.Toy, reward: float) -> Array:
@@ -65,11 +55,11 @@ def binary(wrong: bool) -> Sequence[Check]:
         p = float(toy.p0[right].sum())
         for n in (2, 4, 16):
             target = toy.log_target(1 / math.log((1 - p) ** -n - 1) if wrong else beta_of(p, n))
-            b = best_of(toy, n)
+            b = toys.best_of(toy, n)
             apart = max(apart, float(np.abs(b - target).max()))
             cloned = max(cloned, float(np.abs(log_softmax(b[right]) - log_softmax(toy.log_p0[right])).max()))
             if n == 2:
-                slope = max(slope, float(expected_gradient(SFT(), world(toy, n), torch.from_numpy(target)[None], 1.0).norm()))
+                slope = max(slope, float(expected_gradient(SFT(), toys.world(toy, n), torch.from_numpy(target)[None], 1.0).norm()))
     return [
         at_most("|log b_n - log p*|, worst", apart, 1e-10, 0.0),
         at_most("gradient of klbench's sft at that p*, worst", slope, 1e-10, 0.0),
@@ -152,13 +142,13 @@ def matched(wrong: bool) -> Sequence[Check]:
     def far(log_q: Array, toy: toys.Toy) -> float:
         return toys.kl(toy.log_p0, log_q) if wrong else toys.kl(log_q, toy.log_p0)
 
-    b = best_of(toys.U8, 4)
+    b = toys.best_of(toys.U8, 4)
     mean = float(np.exp(b) @ toys.U8.reward)
     p = with_mean(toys.U8, mean)
     saved, apart = [], 0.0
     for toy in (toys.random(6, seed) for seed in SEEDS):
         for n in (2, 4, 16):
-            q = best_of(toy, n)
+            q = toys.best_of(toy, n)
             posterior = with_mean(toy, float(np.exp(q) @ toy.reward))
             saved.append(far(q, toy) - far(posterior, toy))
             apart = max(apart, abs(saved[-1] - toys.kl(q, posterior)))
@@ -204,7 +194,7 @@ def columns(wrong: bool) -> Sequence[Check]:
     fits = {name: fitted(name, target, wrong) for name in names}
     zero = torch.zeros(16, dtype=torch.float64)
     table = {(of, by): float(FDPG(of).stated(fits[by].reshape(16), target, zero, 1.0, 2)) for of in names for by in names}
-    toy = world(toys.MF, 2)
+    toy = toys.world(toys.MF, 2)
     slopes = [
         expected_gradient(FDPG(name), toy, fit.reshape(1, 16), toys.MF_BETA, settled_state(FDPG(name), toy, toys.MF_BETA)).reshape(4, 4)
         for name, fit in fits.items()

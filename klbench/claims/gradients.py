@@ -30,7 +30,7 @@ from scipy.stats import binom
 
 from klbench.batch import Batch
 from klbench.claims.contract import Check, at_least, at_most, claim, near
-from klbench.claims.toys import AB, T5, Toy, entropy, kl, random, random_policy, toy, tv
+from klbench.claims.toys import AB, T5, Toy, entropy, kl, paired, random, random_policy, toy, tv
 from klbench.estimate import Array
 from klbench.laws import World, expected_gradient, settled_state
 from klbench.method import Objective, State
@@ -46,12 +46,6 @@ from klbench.objectives.vargrad import VarGrad
 from klbench.policies.tabular import Everything, Tabular
 
 TIED = T5.reward == T5.reward.max()
-
-
-def world(t: Toy, draws: int) -> tuple[World, Toy]:
-    """The toy as a world of one-token answers, and the toy as that world has it: priors there are whole numbers."""
-    counts = tuple(int(n) for n in np.rint(1e9 * t.p0))
-    return World((counts,), (tuple(t.reward),), draws, length=1, vocabulary=len(counts)), toy(np.log(counts), t.reward)
 
 
 def slope(objective: Objective, w: World, log_q: Array, beta: float, state: State | None = None) -> Array:
@@ -91,7 +85,7 @@ def cosine(a: Array, b: Array) -> float:
 
 def plain_rl(t: Toy, until: float, natural: bool) -> Array:
     """[S] logits where the gradient flow of E_q[r] from the prior stands at that time: step length times steps."""
-    w, t = world(t, 1)
+    w, t = paired(t, 1)
 
     def ascend(_: float, logits: Array) -> Array:
         g = -slope(Reinforce(), w, logits, 1.0)
@@ -126,7 +120,7 @@ def ties_are_not_shared(wrong: bool) -> Sequence[Check]:
     wrong="the softmax policy's own gradient in place of the natural one",
 )
 def ties_are_kept(wrong: bool) -> Sequence[Check]:
-    (w, t), step = world(T5, 1), 0.3
+    (w, t), step = paired(T5, 1), 0.3
     logits = t.log_p0
     for _ in range(120):
         g = slope(Reinforce(), w, logits, 1.0)
@@ -148,7 +142,7 @@ def in_the_loss(wrong: bool) -> Sequence[Check]:
     gap = dict.fromkeys(("k1", "k2", "k3", "k3_ratio"), 0.0)
     for seed in range(5):
         t, log_q = random(6, seed), random_policy(6, 200 + seed)
-        w, t = world(Toy(t.log_p0, np.zeros(6)), 2)
+        w, t = paired(Toy(t.log_p0, np.zeros(6)), 2)
         reverse, forward = grad_kl(log_q, t.log_p0), np.exp(log_q) - t.p0
         reverse, forward = (forward, reverse) if wrong else (reverse, forward)
         for kind, stated in (("k1", np.zeros(6)), ("k2", reverse), ("k3", forward), ("k3_ratio", reverse)):
@@ -177,7 +171,7 @@ def k3_optimum(wrong: bool) -> Sequence[Check]:
     beta, to_closed, to_target = 0.37, 0.0, np.inf
     objective = KLInLoss("k3_ratio" if wrong else "k3")
     for seed in range(2):
-        w, t = world(random(6, seed), 2)
+        w, t = paired(random(6, seed), 2)
         stated = partial(stated_loss, objective, t, beta)
         found = minimize(stated, t.log_p0, jac=partial(slope_at, objective, w, beta), options={"gtol": 1e-7})
         m = brentq(lambda m, t=t: float((beta * t.p0 / (m - t.reward)).sum()) - 1, t.reward.max() + 1e-9, t.reward.max() + beta)
@@ -275,13 +269,13 @@ def finite_group(p: float, draws: int) -> float:
 def arcsine(wrong: bool) -> Sequence[Check]:
     objective, worst = GRPO(delta=1e-14), 0.0
     for seed in range(3):
-        (w, t), log_q = world(random(4, seed, binary=True), 4), random_policy(4, 50 + seed)
+        (w, t), log_q = paired(random(4, seed, binary=True), 4), random_policy(4, 50 + seed)
         p = float(np.exp(log_q) @ t.reward)
         factor = (p * (1 - p)) ** -0.5 if wrong else finite_group(p, 4)
         worst = max(worst, float(np.abs(slope(objective, w, log_q, 0.0) + factor * np.exp(log_q) * (t.reward - p)).max()))
     checks = [at_most("|E[grad] - grad p E[s_K]/(p(1-p))|, worst of 3", worst, 1e-10, 0.0)]
     for draws, predicted in ((2, 0.50), (4, 0.81), (8, 0.93)):
-        w, t = world(toy([0.0, 0.0], [1.0, 0.0]), draws)
+        w, t = paired(toy([0.0, 0.0], [1.0, 0.0]), draws)
         checks.append(near(f"of the limit's, p = .5, G = {draws}", -slope(objective, w, t.log_p0, 0.0)[0] / 0.5, predicted, 0.005))
     return checks
 
@@ -312,7 +306,7 @@ def noise(log_q: Array, advantage: Array) -> float:
 def quieter_with_baseline(wrong: bool) -> Sequence[Check]:
     beta, lower, end, ratio = 1.0, 0, 0.0, []
     for seed in range(20):
-        w, t = world(random(7, seed), 2)
+        w, t = paired(random(7, seed), 2)
         start, there = random_policy(7, 500 + seed), t.log_target(beta)
         shift = 1 - np.exp(-t.log_z(beta)) if wrong else 0.0
         path = [np.asarray(log_softmax((1 - a) * start + a * there)) for a in np.linspace(0, 1, 11)]
@@ -342,7 +336,7 @@ def wrong_z(wrong: bool) -> Sequence[Check]:
     least, most = (dict.fromkeys(("forward", "reverse", "js", "tv"), x) for x in (1.0, -1.0))
     flat = fixed = 0.0
     for seed in range(3):
-        (w, t), log_q = world(random(7, seed), 2), random_policy(7, 600 + seed)
+        (w, t), log_q = paired(random(7, seed), 2), random_policy(7, 600 + seed)
         for name in least:
             c = cosine(slope(FDPG(name), w, log_q, beta, off(w, FDPG(name), beta, 0.0)), found(w, name, log_q))
             least[name], most[name] = min(least[name], c), max(most[name], c)
@@ -369,7 +363,7 @@ def wrong_z(wrong: bool) -> Sequence[Check]:
 def balance(wrong: bool) -> Sequence[Check]:
     beta, tb, var = 0.7, 0.0, 0.0
     for seed in range(3):
-        (w, t), log_q = world(random(7, seed), 2), random_policy(7, 700 + seed)
+        (w, t), log_q = paired(random(7, seed), 2), random_policy(7, 700 + seed)
         there = t.log_target(beta)
         twice = 2 * (np.exp(log_q) - np.exp(there) if wrong else grad_kl(log_q, there))
         for error in (-2.0, 0.0, 3.0):
@@ -392,7 +386,7 @@ def constant_penalty(wrong: bool) -> Sequence[Check]:
     beta, idle, hinge = 0.5, 0.0, np.inf
     with_it, without = (EPO(entropy=0.1, penalty=0.5, alpha=alpha, hinge=alpha * wrong > 0) for alpha in (1.0, 0.0))
     for seed in range(3):
-        (w, _), log_q = world(random(6, seed), 2), random_policy(6, 800 + seed)
+        (w, _), log_q = paired(random(6, seed), 2), random_policy(6, 800 + seed)
         for past in (0.1, 10.0):  # the entropy above its range, and below
             state = {"past": torch.full((1,), past, dtype=torch.float64), "visits": torch.ones(1, dtype=torch.float64)}
             none = slope(without, w, log_q, beta, state)

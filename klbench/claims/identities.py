@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from scipy.special import log_softmax, logsumexp, ndtri
 
 from klbench.claims.contract import Check, at_least, at_most, claim, near
-from klbench.claims.toys import T5, Toy, kl, random, random_policy, toy, tv
+from klbench.claims.toys import T5, Toy, kl, paired, random, random_policy, toy, tv
 from klbench.estimate import Array
-from klbench.laws import World, expected_gradient
+from klbench.laws import expected_gradient
 from klbench.method import RewardLaw
 from klbench.objectives.dpo import DPO
 from klbench.objectives.rloo import RLOO
@@ -41,12 +41,6 @@ def posterior(t: Toy, beta: float) -> Array:
 def hard(t: Toy) -> Array:
     """[S] log of the prior among the outcomes of highest reward."""
     return np.asarray(log_softmax(np.where(t.reward == t.reward.max(), t.log_p0, -np.inf)))
-
-
-def world(t: Toy, draws: int) -> tuple[World, Toy]:
-    """The toy as a world of one-token answers, and the toy as that world has it: priors there are whole numbers."""
-    counts = tuple(int(n) for n in np.rint(1e9 * t.p0))
-    return World((counts,), (tuple(t.reward),), draws, length=1, vocabulary=len(counts)), toy(np.log(counts), t.reward)
 
 
 @claim(
@@ -74,7 +68,7 @@ def return_is_distance(wrong: bool) -> Sequence[Check]:
     wrong="an entropy bonus in place of the KL to the prior",
 )
 def ties_as_in_the_prior(wrong: bool) -> Sequence[Check]:
-    beta, (w, t) = 0.2, world(T5, 2)
+    beta, (w, t) = 0.2, paired(T5, 2)
     log_q = np.asarray(log_softmax(t.reward / beta)) if wrong else posterior(t, beta)
     tied = t.reward == t.reward.max()
     share, prior = (np.exp(log_softmax(x[tied])) for x in (log_q, t.log_p0))
@@ -195,7 +189,7 @@ def misranked(wrong: bool) -> Sequence[Check]:
     for beta in (0.5, 2.0):
         right = []
         for seed in SEEDS:
-            w, t = world(random(7, seed), 2)
+            w, t = paired(random(7, seed), 2)
             log_p = posterior(t, beta)
             better, worse = np.where(t.reward[i] > t.reward[j], i, j), np.where(t.reward[i] > t.reward[j], j, i)
             ranked = log_p[better] > log_p[worse]

@@ -40,19 +40,9 @@ from klbench.policies.tabular import Tabular
 SEEDS = range(3)
 
 
-def world(toy: toys.Toy, draws: int) -> World:
-    """The toy as one prompt with answers of one token. 2^53: its prior is kept to the last bit."""
-    return World((tuple(round(p * 2**53) for p in toy.p0.tolist()),), (tuple(toy.reward.tolist()),), draws, 1, len(toy.p0))
-
-
 def row(x: Array) -> Tensor:
     """[1, S]"""
     return torch.from_numpy(np.array(x))[None]
-
-
-def best_of(toy: toys.Toy, n: int) -> Array:
-    """[S] log of best-of-n's law."""
-    return np.asarray(toy.log_p0 + RewardLaw.of(toy.reward, toy.p0).log_best_of(toy.reward, n))
 
 
 @claim(
@@ -97,7 +87,7 @@ def baseline(wrong: bool) -> Sequence[Check]:
         square = np.ones(7) if wrong else 1 - 2 * q + (q**2).sum()  # |s|^2 of each answer
         rises.append(float(q @ square - 2 * p @ square))
     there = toys.random(7, int(np.argmax(rises)))
-    ours, without = (gradient_variance(world(there, 2), beta, dropped) for dropped in (0.0, 1.0))
+    ours, without = (gradient_variance(toys.world(there, 2), beta, dropped) for dropped in (0.0, 1.0))
     return [
         at_least("random toys of 300 on which the variance rises", sum(x > 0 for x in rises), 1, 6.0),
         at_least("variance of klbench's dpg over that without a baseline, worst toy", ours / without, 1.05),
@@ -132,7 +122,7 @@ def gradient_variance(at: World, beta: float, dropped: float) -> float:
 )  # fmt: skip
 def diverse(wrong: bool) -> Sequence[Check]:
     toy = toys.toy([0.0] * 3 if wrong else list(np.log([0.87, 0.05, 0.08])), [0.0, 0.5, 1.0])
-    b = best_of(toy, 4)
+    b = toys.best_of(toy, 4)
     mean = float(np.exp(b) @ toy.reward)
     p = toy.log_target(1 / brentq(lambda tilt: np.exp(toy.log_target(1 / tilt)) @ toy.reward - mean, 1e-6, 1e3))
     return [
@@ -153,7 +143,7 @@ def diverse(wrong: bool) -> Sequence[Check]:
 )  # fmt: skip
 def ties(wrong: bool) -> Sequence[Check]:
     toy = toys.T5
-    one, best = world(toy, 1), toy.reward == 1
+    one, best = toys.world(toy, 1), toy.reward == 1
 
     def flow(time: float, logits: Array) -> Array:
         slope = -expected_gradient(Reinforce(), one, row(logits), 1.0)[0].numpy()
@@ -180,7 +170,7 @@ def penalty(wrong: bool) -> Sequence[Check]:
     for seed in SEEDS:
         toy, log_q = toys.random(6, seed), toys.random_policy(6, 100 + seed)
         value = max(value, abs(float(np.exp(log_q) @ (np.exp(toy.log_p0 - log_q) - 1 + log_q - toy.log_p0)) - toys.kl(log_q, toy.log_p0)))
-        found = expected_gradient(objective, silent(world(toy, 2)), row(log_q), 1.0)[0].numpy()
+        found = expected_gradient(objective, silent(toys.world(toy, 2)), row(log_q), 1.0)[0].numpy()
         away, back = slopes(log_q, toy.log_p0)
         apart = max(apart, float(np.abs(found - back).max()))
         reverse = min(reverse, 1 - cosine(found, away))
@@ -243,7 +233,7 @@ def successes(wrong: bool) -> Sequence[Check]:
         p = float(toy.p0[toy.reward == 1].sum())
         clones = []
         for n in (2, 4):
-            b = best_of(toy, n)
+            b = toys.best_of(toy, n)
             clone = b if wrong else np.asarray(log_softmax(np.where(toy.reward == 1, b, -np.inf)))
             target = toy.log_target(1 / math.log(((1 - p) ** -n - 1) * (1 - p) / p))
             gap = toys.tv(clone, target)
@@ -319,7 +309,7 @@ def wrong_z(wrong: bool) -> Sequence[Check]:
         right = descended(FDPG(generator), toy, beta, 0.0, rate, True) if wrong else toy.log_target(beta)
         found = descended(FDPG(generator), toy, beta, 0.5, rate, wrong)
         checks.append(at_most(f"{generator}: TV between the fits with log Z off by .5 and right", toys.tv(found, right), 1e-6, 0.0))
-    state = settled_state(FDPG("tv"), at := world(toy, 2), beta) or {}
+    state = settled_state(FDPG("tv"), at := toys.world(toy, 2), beta) or {}
     near_by = row(log_softmax(toy.log_target(beta) + np.array([0.2, -0.2, 0.2, -0.2])))
     slope = expected_gradient(FDPG("tv"), at, near_by, beta, {**state, "log_z": state["log_z"] + 0.5})
     return [*checks, at_most("the qualifier, tv: gradient at another policy within the error", float(slope.norm()), 1e-12, 0.0)]
@@ -327,7 +317,7 @@ def wrong_z(wrong: bool) -> Sequence[Check]:
 
 def descended(objective: FDPG, toy: toys.Toy, beta: float, error: float, rate: float, product: bool) -> Array:
     """[4] log of the policy after 18 steps of its expected gradient over its own mass, from a random one; product: of two marginals."""
-    at = world(toy, 2)
+    at = toys.world(toy, 2)
     state: State = dict(settled_state(objective, at, beta) or {})
     state["log_z"] = state["log_z"] + error
     log_q = np.asarray(log_softmax(0.3 * np.array([1.0, -0.5, 0.2, -0.7])))
@@ -357,8 +347,8 @@ def names(wrong: bool) -> Sequence[Check]:
     margin = toy.log_p0 + IPO().own(toy.reward, law, 1 / (2 * 10.0), 2)  # (h - 10)^2
     named = toy.log_p0 + IPO().own(toy.reward, law, 1 / (2 * 10.0) if wrong else 10.0, 2)
     exo = EXO(split=math.log(0.5) / math.log(0.4))  # beta_pi .5, beta_r .8
-    slope = expected_gradient(exo, world(toy, 2), row(toy.log_target(0.4 if wrong else 0.5)), 0.4)
-    scale = expected_gradient(exo, world(toy, 2), row(toy.log_p0), 0.4)
+    slope = expected_gradient(exo, toys.world(toy, 2), row(toy.log_target(0.4 if wrong else 0.5)), 0.4)
+    scale = expected_gradient(exo, toys.world(toy, 2), row(toy.log_p0), 0.4)
     return [
         near("JS: the loss over the divergence", generated / divergence / (2 if wrong else 1), 2.0, 1e-9),
         at_least("IPO: TV between beta = 10 as a margin and as tau", toys.tv(margin, named), 0.1),

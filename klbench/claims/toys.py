@@ -17,6 +17,8 @@ import numpy as np
 from scipy.special import log_softmax, logsumexp
 
 from klbench.estimate import Array
+from klbench.laws import World
+from klbench.method import RewardLaw
 
 
 @final
@@ -37,6 +39,21 @@ class Toy:
     def log_target(self, beta: float) -> Array:
         """[S] log p*."""
         return np.asarray(log_softmax(self.log_p0 + self.reward / beta))
+
+
+def world(toy: Toy, draws: int) -> World:
+    """The toy as one prompt with answers of one token. 2^53: its prior is kept to the last bit."""
+    return World((tuple(round(p * 2**53) for p in toy.p0.tolist()),), (tuple(toy.reward.tolist()),), draws, 1, len(toy.p0))
+
+
+def paired(toy: Toy, draws: int) -> tuple[World, Toy]:
+    """The world of a toy, and the toy."""
+    return world(toy, draws), toy
+
+
+def best_of(toy: Toy, n: int) -> Array:
+    """[S] log of best-of-n's law."""
+    return np.asarray(toy.log_p0 + RewardLaw.of(toy.reward, toy.p0).log_best_of(toy.reward, n))
 
 
 def toy(log_prior: Array | list[float], reward: Array | list[float]) -> Toy:
