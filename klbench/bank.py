@@ -156,11 +156,12 @@ def meta_of(task: AbstractTask, prior: Policy, draws: int, length: int | None = 
 
 
 def shipped(task: AbstractTask, name: str) -> Path | None:
-    """The bank file that ships with a task for a named prior, or None."""
+    """The bank file that ships with a task for a named prior, `banks/[VARIANT-]PRIOR.npz` in the family's folder; or None."""
     package = sys.modules[type(task).__module__].__package__ or ""
     if not package:
         return None
-    path = Path(str(files(package).joinpath("banks", f"{name}.npz")))
+    variant = task.name.partition("/")[2]
+    path = Path(str(files(package).joinpath("banks", f"{variant}-{name}.npz" if variant else f"{name}.npz")))
     return path if path.is_file() else None
 
 

@@ -16,6 +16,7 @@ import typer
 
 from klbench import __version__
 from klbench.errors import UserError, unknown
+from klbench.terminal import cell, command_line, complain, console, debugging, records_of, table
 
 if TYPE_CHECKING:
     from klbench.policies.causal_lm import CausalLM
@@ -81,16 +82,16 @@ def run(
     where = out or Path("runs") / chosen.name
     with Progress(Console(stderr=True)) as progress:
         outcome = grid.run_suite(
-            chosen, where, executor=execute, console=_console(), command=_command_line(), workers=workers, device=device,
+            chosen, where, executor=execute, console=console(), command=command_line(), workers=workers, device=device,
             include=included, on_event=progress,
         )  # fmt: skip
     if outcome.board is not None:
         print(f"{where / 'index.html'}")
     if outcome.failures:
-        if _debugging():
+        if debugging():
             print("\n".join(failure.trace for failure in outcome.failures if failure.trace), file=sys.stderr)
         count = len(outcome.failures)
-        _complain(f"{count} of {count + len(outcome.records)} cells failed; the same command tries them again")
+        complain(f"{count} of {count + len(outcome.records)} cells failed; the same command tries them again")
         raise typer.Exit(1)
 
 
@@ -145,18 +146,18 @@ def score(
     with status() as say:
         result = api.score(**{name: value for name, value in asked.items() if value is not None}, report=say)
     if sys.stdout.isatty():
-        _table(["policy", "rank", "reverse_kl", "interval", "status", "wasted_nats", "reward", "kl_prior", "entropy"], _summary(result))
-    rows = _rows(result.to_frame())
-    _table(list(rows[0]) if rows else [], ([_cell(v) for v in row.values()] for row in rows), heading=True)
+        table(["policy", "rank", "reverse_kl", "interval", "status", "wasted_nats", "reward", "kl_prior", "entropy"], _summary(result))
+    rows = records_of(result.to_frame())
+    table(list(rows[0]) if rows else [], ([cell(v) for v in row.values()] for row in rows), heading=True)
     for name, scored in result.items():
         for note in scored.notes:
-            _complain(f"{name}: {note}")
+            complain(f"{name}: {note}")
         if scored.bracket is not None:
             low, high = scored.bracket
-            where = f"above {_cell(low)}" if high is None else f"between {_cell(low)} and {_cell(high)}"
-            _complain(f"{name}: reverse_kl is uncertified; whatever log Z is, it lies {where}")
+            where = f"above {cell(low)}" if high is None else f"between {cell(low)} and {cell(high)}"
+            complain(f"{name}: reverse_kl is uncertified; whatever log Z is, it lies {where}")
     if result.stopped:
-        _complain(result.stopped)
+        complain(result.stopped)
     if json is not None:
         result.to_json(json)
 
@@ -209,7 +210,7 @@ def accuracy(
         table = measured.run(
             replications, seed, target or None, quick=quick, workers=workers, out=out, docs=docs, command=command, on_event=progress
         )
-    show(table, _console())
+    show(table, console())
     if any(criterion.holds is False for criterion in table.criteria):
         raise typer.Exit(1)
 
@@ -231,7 +232,7 @@ def claims(
     asked = " ".join(["klbench claims", *(claim or ()), *(["--tier", tier] if tier != "exact" else [])])
     with Progress(Console(stderr=True)) as progress:
         lines = rerun.run(claim or (), tier, workers, on_event=progress)
-    report.show(lines, _console())
+    report.show(lines, console())
     if out is not None:
         report.write(lines, out, asked)
     if not all(line.sound for line in lines):
@@ -246,29 +247,29 @@ def ls(kind: Annotated[str, typer.Argument(help=" | ".join(KINDS))]) -> None:
     if kind == "suites":
         from klbench import suite
 
-        _table(["suite", "what it is for"], ([name, suite.load(name).summary] for name in suite.names()))
+        table(["suite", "what it is for"], ([name, suite.load(name).summary] for name in suite.names()))
     elif kind == "priors":
-        _table(["prior", "parameters' file"], ([name, str(path)] for name, path in _priors()))
+        table(["prior", "parameters' file"], ([name, str(path)] for name, path in _priors()))
     elif kind == "tasks":
         from klbench import task
 
-        _table(["task", "what it measures"], ([name, task.load(name).summary] for name in task.names()))
+        table(["task", "what it measures"], ([name, task.load(name).summary] for name in task.names()))
     elif kind == "objectives":
         from klbench import method
 
         found = ((name, method.objective(name)) for name in method.names("objectives"))
-        _table(["objective", "optimum", "trained on", "paper"], ([name, o.optimum, method.needed(o), o.source] for name, o in found))
+        table(["objective", "optimum", "trained on", "paper"], ([name, o.optimum, method.needed(o), o.source] for name, o in found))
     elif kind == "samplers":
         from klbench import method
 
         made = ((name, method.sampler(name)) for name in method.names("samplers"))
-        _table(["sampler", "law", "needs", "paper"], ([name, *method.described(s), s.source] for name, s in made))
+        table(["sampler", "law", "needs", "paper"], ([name, *method.described(s), s.source] for name, s in made))
     else:
         from klbench import claims
 
         every = (c for tier in claims.TIERS for c in claims.catalogue(tier).values())
         rows = ([c.id, c.tier, c.expected, c.statement, c.source] for c in every)
-        _table(["claim", "tier", "expected", "statement", "paper"], rows)
+        table(["claim", "tier", "expected", "statement", "paper"], rows)
 
 
 @app.command()
@@ -293,7 +294,7 @@ def validate(
 def doctor() -> None:
     """Is this machine sound? Exit 1 when something is broken."""
     findings = list(_examine())
-    _table(["", "thing", "finding"], (["ok" if ok else "BROKEN", thing, finding] for ok, thing, finding in findings))
+    table(["", "thing", "finding"], (["ok" if ok else "BROKEN", thing, finding] for ok, thing, finding in findings))
     if not all(ok for ok, _, _ in findings):
         raise typer.Exit(1)
 
@@ -320,7 +321,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         code = code if isinstance(code, int) else 0
     except UserError as error:
-        _complain(str(error))
+        complain(str(error))
         return 2
     except (KeyboardInterrupt, typer.Abort):
         code = 130
@@ -328,15 +329,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = leaving.code if isinstance(leaving.code, int) else 1
     except Exception as error:
         if hasattr(error, "format_message"):  # a usage error of typer, whichever copy of click it carries
-            _complain(_usage(error))
+            complain(_usage(error))
             return 2
-        if _debugging():
+        if debugging():
             traceback.print_exc()
         else:
-            _complain(f"unexpected {type(error).__name__}: {error} (KLBENCH_DEBUG=1 shows where)")
+            complain(f"unexpected {type(error).__name__}: {error} (KLBENCH_DEBUG=1 shows where)")
         return 1
     if code in (130, 143):
-        _complain("stopped; the same command goes on where this one was")
+        complain("stopped; the same command goes on where this one was")
     return code
 
 
@@ -354,63 +355,14 @@ def _usage(error: Any) -> str:
     return text
 
 
-def _complain(text: str) -> None:
-    """One line on stderr, in which nothing can move the cursor or change the title of the terminal."""
-    print("klbench: " + "".join(c if c.isprintable() else "?" for c in " ".join(text.split())), file=sys.stderr)
-
-
-def _debugging() -> bool:
-    return os.environ.get("KLBENCH_DEBUG", "") not in ("", "0")
-
-
-def _command_line() -> str:
-    import shlex
-
-    return shlex.join(["klbench", *sys.argv[1:]])
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console()
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], heading: bool = False) -> None:
-    """A table on a terminal; elsewhere a row a line with tabs between, with the column names first where `heading` says so."""
-    clean = [["".join(c if c.isprintable() else " " for c in value) for value in row] for row in rows]
-    if not sys.stdout.isatty():
-        for row in [list(columns), *clean] if heading else clean:
-            print("\t".join(row))
-        return
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in clean:
-        table.add_row(*(Text(value) for value in row))
-    _console().print(table)
-
-
-def _rows(frame: Any) -> list[dict[str, Any]]:
-    """The rows of a data frame, or of a list of dicts."""
-    return frame.to_dict("records") if hasattr(frame, "to_dict") else list(frame)
-
-
 def _summary(result: Any) -> Iterable[list[str]]:
     """A row a policy, of what a reader asks first."""
     for name, scored in result.items():
         figure = scored.columns["reverse_kl"]
-        ends = "" if figure.low is None else f"{_cell(figure.low)} … {'?' if figure.high is None else _cell(figure.high)}"
+        ends = "" if figure.low is None else f"{cell(figure.low)} … {'?' if figure.high is None else cell(figure.high)}"
         rank = "" if scored.rank is None else "–".join(map(str, sorted(set(scored.rank))))
-        rest = (_cell(e.value) if (e := scored.columns.get(c)) else "" for c in ("wasted_nats", "reward", "kl_prior", "entropy"))
-        yield [name, rank, _cell(figure.value), ends, figure.status, *rest]
-
-
-def _cell(value: Any) -> str:
-    return "" if value is None or value != value else f"{value:.4g}" if isinstance(value, float) else str(value)
+        rest = (cell(e.value) if (e := scored.columns.get(c)) else "" for c in ("wasted_nats", "reward", "kl_prior", "entropy"))
+        yield [name, rank, cell(figure.value), ends, figure.status, *rest]
 
 
 def _policies(given: list[str]) -> dict[str, str]:

@@ -62,6 +62,8 @@ COLUMNS: Final[dict[str, Column]] = {
     "khat": Column("k̂", "", "", True, "tail index of the same weights; certifies nothing"),
 }
 
+OPEN: Final = ("audit.", "cost.", "lm_eval.")  # columns whose names tasks and other tools give
+
 # Least and most that a column can be. A divergence estimated as -0.001 is 0.
 BOUNDS: Final[dict[str, tuple[float, float]]] = {
     **{name: (-math.inf, math.inf) for name in ("reward", "gold", "moments", "reward_target", "moments_target", "log_z", "khat")},
@@ -95,7 +97,7 @@ class Measure:
         for name in ("column", "estimator"):
             object.__setattr__(self, name, _one_spelling(getattr(self, name)))
         object.__setattr__(self, "options", tuple((_one_spelling(name), value) for name, value in self.options))
-        if self.column not in COLUMNS and not self.column.startswith(("cost.", "lm_eval.")):
+        if self.column not in COLUMNS and not self.column.startswith(OPEN):
             raise unknown("column", self.column, COLUMNS)
         for name, _ in self.options:
             if name not in self.OPTIONS:
@@ -110,7 +112,7 @@ class Measure:
     @classmethod
     def parse(cls, text: str) -> Measure:
         """The inverse of `str`; a hyphen in a name is an underscore. Raises UserError on anything else."""
-        match = re.fullmatch(r"\s*((?:cost|lm[_-]eval)\.[\w.-]+|[\w-]+?)(?:\.([\w-]+))?(?:\((.*)\))?\s*", text)
+        match = re.fullmatch(r"\s*((?:audit|cost|lm[_-]eval)\.[\w.-]+|[\w-]+?)(?:\.([\w-]+))?(?:\((.*)\))?\s*", text)
         if not match:
             raise UserError(f"measure {text!r}: column.estimator(name=value, ...) expected")
         column, estimator, inside = match.group(1), match.group(2) or "", match.group(3) or ""

@@ -28,18 +28,19 @@ from numpy.typing import NDArray
 from klbench import bank as banks
 from klbench import estimate, exact, measure, method, models, pool, probe, streams, weights
 from klbench import task as tasks
+from klbench.audit import AbstractAudit, Chosen, Drawn
 from klbench.bank import Bank
 from klbench.errors import UserError, unknown
 from klbench.estimate import BLOCKS, Array, Estimate, Jackknife
 from klbench.estimators import diversity, entropy, forgetting
 from klbench.estimators.control import bounded_mean, with_few
-from klbench.method import AbstractSampler, ClosedForm, RewardLaw, TiltedForm
+from klbench.method import AbstractSampler, AbstractSteering, ClosedForm, RewardLaw, TiltedForm
 from klbench.policies.causal_lm import CausalLM
 from klbench.pool import Pool
 from klbench.priors import SHIPPED, prior_path
 from klbench.record import FrontierPoint, Record, Run, Sample, Score, digest, write_atomically
-from klbench.sheet import Law, Sheet
-from klbench.target import Policy, TiltedPrior, evaluate
+from klbench.sheet import NOT_DENSE, Law, Sheet
+from klbench.target import Drawer, Policy, TiltedPrior, evaluate
 from klbench.task import AbstractTask
 from klbench.train import Curve, Measure, Report, train
 
@@ -252,7 +253,33 @@ def figures(
         columns["moments"] = replace(mean(evaluate(phi, prompts, law.texts), 1.0), reason=f"wanted: {wanted:g}")
     columns |= diverse(law, sheet.prior)
     columns |= of_target(bank, sheet.target, prompts, sheet.prior)
+    columns |= audited(sheet, name, task)
     return {column: measure.bounded(column, figure) for column, figure in columns.items()}, per_prompt
+
+
+def audited(sheet: Sheet, name: str, task: AbstractTask) -> dict[str, Estimate]:
+    """Column `audit.NAME` of each of the task's audits."""
+    law, out = sheet.laws[name], {}
+    for audit in task.audits():
+        try:
+            out[audit.column] = _audited(audit, law, sheet)
+        except UserError as error:  # its own prompts may not fit a stranger's model
+            out[audit.column] = estimate.undefined(str(error))
+    return out
+
+
+def _audited(audit: AbstractAudit, law: Law, sheet: Sheet) -> Estimate:
+    policy = law.policy
+    if isinstance(audit, Drawn):
+        if not audit.prompts:
+            return audit.of(sheet.prompts, law.texts)
+        if not isinstance(policy, Drawer) or isinstance(policy, AbstractSampler | AbstractSteering):
+            return estimate.undefined("a sampler draws for this task's own prompts alone")
+        return audit.measure(policy, sheet.length, law.size // 2, streams.seed(law.seed, f"audit/{audit.name}"))
+    assert isinstance(audit, Chosen)
+    if isinstance(policy, NOT_DENSE) or not isinstance(policy, Policy) or not isinstance(sheet.prior, CausalLM):
+        return estimate.undefined("it asks for probabilities of given texts, which this policy or its prior does not tell")
+    return audit.measure(policy, sheet.prior)
 
 
 def _span(*seen: Array) -> float:

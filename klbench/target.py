@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, final, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, final, runtime_checkable
 
 import numpy as np
-from torch import Tensor
 
 from klbench.errors import UserError
 from klbench.estimate import Array
+
+if TYPE_CHECKING:  # a task and its reward are read without torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

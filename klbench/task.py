@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import ClassVar, Final, final
 
+from klbench.audit import AbstractAudit
 from klbench.errors import UserError, unknown
 from klbench.target import Policy, Reward, TiltedPrior
 
@@ -20,7 +21,8 @@ class AbstractTask(ABC):
     """Prompts in three disjoint splits, a reward that reads the continuation alone, and a target.
 
     name: `family` or `family/variant` = entry point = command-line word.  version: raised by any edit that can move a score.
-    max_new_tokens: length at which a continuation is cut.  beta: the suggested one.  measures: what the reward's mean says, one line.
+    summary: what the reward's mean says, one line.  max_new_tokens: length at which a continuation is cut.  beta: the suggested one.
+    prior: the one that its prompts were chosen for and whose bank ships.
     """
 
     name: ClassVar[str]
@@ -28,6 +30,7 @@ class AbstractTask(ABC):
     summary: ClassVar[str]
     max_new_tokens: ClassVar[int]
     beta: ClassVar[float]
+    prior: ClassVar[str] = "mini"
 
     @abstractmethod
     def prompts(self, split: str) -> list[str]:
@@ -44,6 +47,10 @@ class AbstractTask(ABC):
     @abstractmethod
     def features(self) -> tuple[Reward, float] | None:
         """phi and the value its mean is wanted at, for a moment target; or None."""
+
+    def audits(self) -> tuple[AbstractAudit, ...]:
+        """What else is measured of a policy on this task, as columns `audit.NAME`."""
+        return ()
 
 
 def names() -> list[str]:

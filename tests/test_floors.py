@@ -34,6 +34,7 @@ FLOORS: dict[str, float] = {
     "klbench.weights": 1,
     "klbench.preferences": 1,
     "klbench.normaliser": 2.5,  # log Z of train prompts, for objectives that weigh by it
+    "klbench.audit": 1.5,  # figures of a task beside its reward, below task
     "klbench.method": 2,
     "klbench.task": 2,
     "klbench.suite": 2,
@@ -80,6 +81,8 @@ FLOORS: dict[str, float] = {
     "klbench.claims.report": 4.6,
     "klbench.reward_eval": 5,
     "klbench.api": 5,
+    "klbench.terminal": 5.1,
+    "klbench.commands": 5.5,  # one file a command
     "klbench.cli": 6,
     "klbench": 7,  # the front door names what users import; below it the package itself is read for its version alone
 }

@@ -159,6 +159,29 @@ class CausalLM:
                 )
         return rows
 
+    def spelled(self, prompts: Sequence[str], texts: Sequence[Sequence[str]], end: bool = False) -> tuple[Tensor, Tensor]:
+        """tokens, mask [P, N, T] of continuations given as texts [P][N], the leading space included; `end`: with the stop behind each.
+
+        A continuation has the ids that it has behind its prompt, unless prompt and text share an id there: then those it has alone.
+        Raises UserError for a text without a token.
+        """
+        rows = [[self._continued(p, text) + ([self.eos] if end else []) for text in row] for p, row in zip(prompts, texts, strict=True)]
+        for row, given in zip(rows, texts, strict=True):
+            for ids, text in zip(row, given, strict=True):
+                if not ids:
+                    raise UserError(f"continuation {text!r} has no tokens under the tokenizer of {self.name}")
+        widest = max((len(ids) for row in rows for ids in row), default=0)
+        tokens = torch.tensor([[ids + [self.eos] * (widest - len(ids)) for ids in row] for row in rows], dtype=torch.int64)
+        lengths = torch.tensor([[len(ids) for ids in row] for row in rows])
+        return tokens, torch.arange(widest) < lengths[..., None]
+
+    def _continued(self, prompt: str, text: str) -> list[int]:
+        if not self.chat:
+            whole, start = self._open(f"{self.system}\n{prompt}{text}" if self.system is not None else prompt + text), self.encode(prompt)
+            if whole[: len(start)] == start:
+                return whole[len(start) :]
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
     def decode(self, tokens: Tensor, mask: Tensor) -> list[list[str]]:
         """[P][N] texts of draws [P, N, T], special tokens and the stop left out."""
         rows = [row[keep].tolist() for row, keep in zip(tokens.flatten(0, 1), mask.flatten(0, 1), strict=True)]
