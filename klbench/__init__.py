@@ -15,12 +15,16 @@ if TYPE_CHECKING:
     from klbench.batch import Batch
     from klbench.errors import UserError
     from klbench.estimate import Estimate
+    from klbench.metrics import metric_path
     from klbench.priors import prior_path
+    from klbench.rewards.training import train_reward
     from klbench.target import Policy, TiltedPrior
 
 __version__ = "0.1.0"
 
-__all__ = ["Batch", "Estimate", "Policy", "TiltedPrior", "UserError", "__version__", "prior_path", "score", "train"]
+__all__ = [
+    "Batch", "Estimate", "Policy", "TiltedPrior", "UserError", "__version__", "metric_path", "prior_path", "score", "train", "train_reward",
+]  # fmt: skip
 
 _HOMES: Final = {
     "Batch": "klbench.batch",
@@ -28,9 +32,11 @@ _HOMES: Final = {
     "Policy": "klbench.target",
     "TiltedPrior": "klbench.target",
     "UserError": "klbench.errors",
+    "metric_path": "klbench.metrics",
     "prior_path": "klbench.priors",
     "score": "klbench.api",
     "train": "klbench.api",
+    "train_reward": "klbench.rewards.training",
 }
 
 

@@ -9,21 +9,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
 
 import numpy as np
+from numpy.typing import NDArray
 
-from klbench import estimate, method, models, streams
+from klbench import estimate, method, models, rewards, streams
 from klbench import task as tasks
 from klbench.bank import Reservoir
 from klbench.errors import UserError, unknown
 from klbench.estimate import BLOCKS, Array, Estimate, Jackknife, finite_or_word, signed
-from klbench.estimators import betting
+from klbench.estimators import betting, diversity
 from klbench.estimators import named as named_estimators
+from klbench.estimators.control import plain, with_few
 from klbench.measure import Measure
 from klbench.method import AbstractSampler
 from klbench.policies.causal_lm import CausalLM
 from klbench.pool import INTERVALS
 from klbench.ranks import certain_bracket, paired_difference, rank_ranges
 from klbench.record import Run, Score, Train, write_atomically
-from klbench.score import figures
+from klbench.rewards.calling import Called
+from klbench.score import accepted, figures
 from klbench.sheet import Sheet
 from klbench.task import AbstractTask, GivenTask
 from klbench.train import train as train_run
@@ -44,6 +47,8 @@ class PolicyScore:
     prompts: per-prompt arrays [P] (free, log_z, reverse_kl, reach, reward, kl_prior).  rank: least and greatest place by paired
     differences, in which log Z cancels.  bracket: ends between which reverse_kl lies whatever log Z is, the upper one None without
     reward_max; both None for a policy without a density or one that needs neither.  notes: what was done to a stranger's model.
+    log_z_bounds: (lower, upper) of log Z, mean over prompts; None without a density.  at_cap [P, N]: its draws that earn all there is to
+    earn, None without reward_max.
     """
 
     name: str
@@ -52,6 +57,8 @@ class PolicyScore:
     rank: tuple[int, int] | None = None
     bracket: tuple[float, float | None] | None = None
     notes: tuple[str, ...] = ()
+    log_z_bounds: tuple[Estimate, Estimate] | None = None
+    at_cap: NDArray[np.bool_] | None = field(default=None, repr=False)
 
     def __getattr__(self, name: str) -> Estimate:
         columns: dict[str, Estimate] = self.__dict__.get("columns", {})
@@ -102,6 +109,20 @@ class ScoreResult(Mapping[str, PolicyScore]):
                 return signed(self[other].columns["reverse_kl"], sign)
         return paired_difference(*(self[name].prompts[key] for name in (a, b) for key in ("free", "free_stderr")))
 
+    def regressions(self, before: str, after: str) -> Estimate:
+        """Update regression rate: mean over prompts of P(right before) P(wrong after), right: a draw earns reward_max. In [0, 1].
+
+        The two draw independently, so the product of a prompt's two means is unbiased. low, high: these prompts, a jackknife over the draws
+        of each policy; population: t over prompts. Source of the idea: FlipGuard, Zhu et al. 2024, arXiv:2410.00508,
+        which counts drops of a reward. Raises UserError without reward_max and for one policy twice, whose draws would be the same.
+        """
+        if before == after:
+            raise UserError(f"regressions from {before!r} to itself: its draws would be compared with themselves")
+        right, was = self[after].at_cap, self[before].at_cap
+        if right is None or was is None:
+            raise UserError("which draws are right is not known without reward_max")
+        return regression_rate(was, right)
+
     def to_frame(self) -> pandas.DataFrame:
         """A row a policy and column: policy, column, value, low, high, stderr, n, status, reason."""
         import pandas
@@ -131,6 +152,7 @@ class ScoreResult(Mapping[str, PolicyScore]):
                     "rank": p.rank,
                     "notes": list(p.notes),
                     "reverse_kl_certain": p.bracket,
+                    "log_z_bounds": None if p.log_z_bounds is None else [e.to_json() for e in p.log_z_bounds],
                     "columns": {k: e.to_json() for k, e in p.columns.items()},
                     "prompts": {k: [finite_or_word(float(x)) for x in v] for k, v in p.prompts.items()},
                 }
@@ -144,7 +166,7 @@ def score(
     prior: Model,
     policies: Mapping[str, Model] | Sequence[Model] | Model,
     prompts: Sequence[str] | None = None,
-    reward: Callable[..., list[float]] | None = None,
+    reward: str | Callable[..., list[float]] | None = None,
     beta: float | None = None,
     *,
     task: str | AbstractTask | None = None,
@@ -161,6 +183,7 @@ def score(
     seed: int = 0,
     device: str | None = None,
     tokenizer: Any = None,
+    include: tuple[Path, ...] = (),
     report: Callable[[str], None] = lambda text: None,
 ) -> ScoreResult:
     """How far each policy is from p*(x|c) = p0(x|c) exp(r(c, x)/beta) / Z(c), with 95 % intervals.
@@ -168,13 +191,16 @@ def score(
     prior, policies: a directory in Hugging Face format, a hub name, a transformers model (with `tokenizer`, else the one it was loaded
     with, else the prior's), a klbench Policy; for policies also `base+adapter`, a sampler (`best_of_n:16`, `rejection`) or a decoding
     (`temperature:0.7`, `path@top_p:0.9`), as klbench/models.py reads them. One without a density gets the columns that need none.
-    prompts, reward: texts and f(prompts, completions) -> list[float]; or `task` in their place. chat: prompts go through the chat template.
-    reward_max: no reward is above it; without it nothing that holds log Z can be certified.
+    prompts, reward: texts and f(prompts, completions) -> list[float], or what klbench.rewards.load names; or `task` in their place. A
+    reward whose `completions` is annotated as lists of dicts gets messages, as TRL's own read them.
+    chat: prompts go through the chat template.
+    reward_max: no reward is above it; without it, and where the reward has none of its own, nothing that holds log Z can be certified.
     samples: draws a prompt from the prior and from each policy, at least 16; max_new_tokens: where a continuation is cut (16).
     precision: draw on until every reverse_kl interval is at most so many nats wide, or `budget` draws a prompt (16 x samples) are spent.
     interval: "jackknife", or "betting" for a log Z interval that is exact at any number of draws.
     pool: estimate each policy with the draws of all (at most eight) as strata. measures: named estimators to add, as "kl_prior.k3".
-    bank: directory in which prior draws are kept by content, extended and never redrawn.  report: told what is being done.
+    bank: directory in which prior draws are kept by content, extended and never redrawn.  include: directories with tasks and samplers of
+    your own.  report: told what is being done.
 
     Raises UserError for bad input, once: a reward of the wrong length, NaN, infinite or above reward_max (with its prompt and
     completion), a tokenizer without EOS, a directory without a model, log-probabilities that are not numbers.
@@ -190,15 +216,19 @@ def score(
         raise UserError(f"budget {most} is below samples {samples}")
     extra = [Measure.parse(text) for text in measures]
     estimates = {str(m): named_estimators.of(m) for m in extra}
-    given = _task(task, prompts, reward, reward_max, max_new_tokens)
+    if isinstance(reward, str):
+        reward = rewards.load(reward, include, device or "cpu")
+    given = _task(task, prompts, reward, reward_max, max_new_tokens, include)
     beta = given.beta if beta is None and task is not None else beta
     if beta is None:
         raise UserError("beta is needed: the KL penalty of the posterior to measure against")
     length, texts, where = max_new_tokens or given.max_new_tokens, given.prompts("score"), device or "cpu"
     named = _named(policies)
     p0 = models.open_prior(prior, where, chat=chat, tokenizer=tokenizer)
-    loaded = {name: models.open_policy(name, model, p0, where, chat=chat) for name, model in named.items()}
+    loaded = {name: models.open_policy(name, model, p0, where, chat=chat, include=include) for name, model in named.items()}
     p0, loaded = models.with_common_stops(p0, loaded)
+    if isinstance(given, GivenTask) and isinstance(given.reward, Called) and isinstance(p0, CausalLM):
+        given = replace(given, reward=given.reward.reading(p0.tokenizer))
     target = given.target(p0, beta)
     reservoir = Reservoir(given, p0, target, length, seed, None if bank is None else Path(bank))
     sampled = any(isinstance(policy, AbstractSampler) for policy in loaded.values())
@@ -218,7 +248,11 @@ def score(
                 label: f(sheet.rows(name, name), sheet.rows(name, "")).mean(n=sheet.laws[name].reward.size)
                 for label, f in estimates.items()
             }
-        found[name] = PolicyScore(name, columns, per_prompt, notes=tuple(getattr(loaded[name], "notes", ())))
+        found[name] = PolicyScore(
+            name, columns, per_prompt, notes=tuple(getattr(loaded[name], "notes", ())),
+            log_z_bounds=log_z_bounds(sheet, name, per_prompt) if sheet.measured(name) else None,
+            at_cap=diversity.at_cap(sheet.laws[name].reward, sheet.tops),
+        )  # fmt: skip
     return ScoreResult(_placed(found, sheet), _log_z(sheet, interval), texts, beta, tuple(members), stopped)
 
 
@@ -280,7 +314,7 @@ def train(
 
     Run again it continues from its last checkpoint. Raises UserError for an unknown task or objective, or when `out` holds something else.
     """
-    loaded, folder = tasks.load(task), Path(out)
+    loaded, folder = tasks.load(task, include), Path(out)
     method.objective(objective, include)
     if folder.exists() and not (folder / "curve.jsonl").is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and holds no trained policy; name another directory")
@@ -297,12 +331,13 @@ def train(
 
 
 def _task(
-    task: str | AbstractTask | None, prompts: Sequence[str] | None, reward: Any, reward_max: float, length: int | None
-) -> AbstractTask:
+    task: str | AbstractTask | None, prompts: Sequence[str] | None, reward: Any, reward_max: float, length: int | None,
+    include: tuple[Path, ...] = (),
+) -> AbstractTask:  # fmt: skip
     if task is not None:
         if prompts is not None or reward is not None:
             raise UserError("a task brings its own prompts and reward: give either task or prompts and reward")
-        return task if isinstance(task, AbstractTask) else tasks.load(task)
+        return task if isinstance(task, AbstractTask) else tasks.load(task, include)
     if not prompts or reward is None:
         raise UserError("prompts and reward are needed, or a task")
     texts = tuple(prompts)
@@ -314,7 +349,9 @@ def _task(
         raise UserError(f"reward_max must be a number, got {reward_max}")
     if length is not None and length < 1:
         raise UserError(f"max_new_tokens must be at least 1, got {length}")
-    return GivenTask(texts, reward, reward_max, max_new_tokens=length or 16)
+    read = rewards.called(reward)
+    ceiling = read.reward_max if reward_max == math.inf else reward_max
+    return GivenTask(texts, read, ceiling, max_new_tokens=length or 16)
 
 
 def _named(policies: Any) -> dict[str, Model]:
@@ -327,6 +364,43 @@ def _named(policies: Any) -> dict[str, Model]:
     if not named:
         raise UserError("no policy to score")
     return named
+
+
+def regression_rate(was: NDArray[np.bool_], right: NDArray[np.bool_]) -> Estimate:
+    """mean_p a_p (1 - b_p), a and b the shares of True in independent draws was [P, N] and right [P, M]; N, M >= 16."""
+    a, b = (estimate.jackknife(x.astype(np.float64)) for x in (was, right))
+    rate, prompts = a.full * (1 - b.full), len(was)
+    variance = a.variances * (1 - b.full) ** 2 + a.full**2 * b.variances
+    stderr = math.sqrt(float(variance.sum())) / prompts
+    half, value, population = estimate.t_quantile(min((BLOCKS - 1) * prompts, 30)) * stderr, float(rate.mean()), None
+    if prompts > 1:
+        spread = estimate.t_quantile(prompts - 1) * float(rate.std(ddof=1)) / math.sqrt(prompts)
+        population = (max(0.0, value - spread), min(1.0, value + spread))
+    figure = Estimate(value, value - half, value + half, stderr, was.size + right.size, population=population)
+    figure = with_few(figure, (was if was.size < right.size else right).astype(np.float64), 1.0)
+    assert figure.low is not None and figure.high is not None
+    return replace(figure, low=max(0.0, figure.low), high=min(1.0, figure.high))
+
+
+def log_z_bounds(sheet: Sheet, name: str, per_prompt: Mapping[str, Array]) -> tuple[Estimate, Estimate]:
+    """E_q[log w] <= log Z <= E_p*[log w],  w = p0 exp(r/beta) / q,  mean over prompts in nats: apart by KL(q||p*) + KL(p*||q).
+
+    The lower one is -free; the upper one is a mean over the bank's scored draws that exact rejection accepts, draws of p* all of them, and
+    has no value where some prompt has fewer than 16 of those or no ceiling is known. low, high: these prompts; neither end needs log Z.
+    """
+    free, stderr = per_prompt["free"], per_prompt["free_stderr"]
+    prompts, rows = len(free), sheet.rows(name, "")
+    half = estimate.t_quantile(min((BLOCKS - 1) * prompts, 30)) * (error := math.sqrt(float((stderr**2).sum())) / prompts)
+    value = float(-free.mean())
+    lower = Estimate(value, value - half, value + half, error, sheet.laws[name].reward.size, status="lower")
+    accept = accepted(sheet.bank, sheet.target, sheet.prompts)[:, : rows.log_q.shape[1]]
+    least = int(accept.sum(1).min())
+    if least < estimate.LEAST_DRAWS:
+        return lower, estimate.undefined(f"{least} draws of the posterior at some prompt, {estimate.LEAST_DRAWS} needed", "upper", least)
+    with np.errstate(invalid="ignore"):
+        log_w = rows.log_p0 + sheet.target.tilt(rows.reward) - rows.log_q
+    even = np.stack([row[keep][:least] for row, keep in zip(log_w, accept, strict=True)])
+    return lower, replace(plain(even).mean(n=even.size), status="upper", population=None)
 
 
 def _log_z(sheet: Sheet, interval: str) -> list[Estimate]:

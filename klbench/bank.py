@@ -27,7 +27,7 @@ from klbench.errors import UserError
 from klbench.estimate import Array
 from klbench.record import digest, write_atomically
 from klbench.target import Policy, TiltedPrior, evaluate
-from klbench.task import AbstractTask
+from klbench.task import AbstractTask, code_hash
 
 CHUNK: Final = 256
 
@@ -152,6 +152,8 @@ def meta_of(task: AbstractTask, prior: Policy, draws: int, length: int | None = 
         meta["stops"] = list(stops)
     if getattr(prior, "chat", False):
         meta["chat"] = True
+    if code := code_hash(task):
+        meta["code"] = code
     return meta
 
 

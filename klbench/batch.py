@@ -28,6 +28,7 @@ class Batch:
     kl_token    [P, K, T] KL(q(.|prefix) || p0(.|prefix)), summed over the vocabulary, with gradient
     features    [P, K, T, D] what a critic reads of the prefix before each token: the prior's last hidden state, no gradient
     other_log_q [P, K, T] like log_q, under the second of the objective's two control prompts; log_q is under the first
+    prompt_log_q [P] log q of the prompt's tokens behind its first, with gradient
     """
 
     tokens: Tensor
@@ -43,6 +44,7 @@ class Batch:
     kl_token: Tensor | None = None
     features: Tensor | None = None
     other_log_q: Tensor | None = None
+    prompt_log_q: Tensor | None = None
 
     def __post_init__(self) -> None:
         """The one shape check: raises ValueError that names the field."""
@@ -61,7 +63,7 @@ class Batch:
             raise ValueError(f"features: {tuple(self.tokens.shape)} and a width expected, got {tuple(self.features.shape)}")
         if self.mask.dtype != torch.bool:
             raise ValueError(f"mask: bool expected, got {self.mask.dtype}")
-        for name in ("prompt", "top"):
+        for name in ("prompt", "top", "prompt_log_q"):
             value = getattr(self, name)
             if value is not None and value.shape != self.tokens.shape[:1]:
                 raise ValueError(f"{name}: {tuple(self.tokens.shape[:1])} expected, got {tuple(value.shape)}")

@@ -1,4 +1,4 @@
-"""The board: records of one task side by side, as a table in the terminal, as JSON, as CSV and as one page.
+"""The board: records of one task side by side, as a table in the terminal, as JSON and as CSV; klbench/page/site.py makes its pages.
 
 Ranks are those of klbench/ranks.py: an uncertified policy is ranked like any other, and only its absolute reverse_kl is guarded. The
 posterior itself (the row of rejection sampling, status exact, reverse_kl 0) is shown and takes no rank. Conventions: nats; rows in
@@ -14,9 +14,10 @@ import json
 import math
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from importlib.resources import files
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
 
@@ -26,9 +27,9 @@ from klbench.errors import UserError
 from klbench.estimate import BLOCKS, Estimate, t_quantile
 from klbench.measure import COLUMNS
 from klbench.ranks import certain_bracket, rank_ranges
-from klbench.record import FrontierPoint, Pooled, Record, digest, write_atomically
+from klbench.record import FrontierPoint, Pooled, Record, checked_in, digest, write_atomically
 from klbench.standing import Standing, standings
-from klbench.truths import Beside, beside, verdict, views
+from klbench.truths import Beside, beside
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -54,17 +55,20 @@ GLOSSARY: Final = {
 class Row:
     """A policy on the board. columns: the record's, and over them the pooled ones where the table has a pool. rank: least and greatest
     place; None for the posterior itself. bracket: reverse_kl's certain ends, the upper None where it is not known; asked for where the
-    status is uncertified."""
+    status is uncertified. provenance: "recomputed" from the stored samples by `klbench leaderboard check`, or "self-reported"."""
 
+    id: str
     record: Record
     label: str
     columns: dict[str, Estimate]
     rank: tuple[int, int] | None
     bracket: tuple[float, float | None] | None
+    provenance: str
 
-    @property
-    def id(self) -> str:
-        return self.record.run.id
+    @cached_property
+    def sha256(self) -> str:
+        """Of what the record says, its machine's part left out."""
+        return digest(self.record.comparable())
 
     @property
     def role(self) -> str:
@@ -102,6 +106,11 @@ class Table:
         seeds = {standing.method: standing.seeds[0] for standing in self.methods}
         return tuple(row for row in self.rows if seeds.get(row.record.run.method, row.record.run.seed) == row.record.run.seed)
 
+    @property
+    def truths(self) -> list[Beside]:
+        """Figures whose exact value is known, beside it."""
+        return [b for row in self.rows for b in beside(plain(self.title), plain(row.label), row.columns, row.record.truths)]
+
 
 @final
 @dataclass(frozen=True)
@@ -112,27 +121,31 @@ class Board:
     manifest: dict[str, Any]
 
     @classmethod
-    def of(cls, records: Iterable[Record], manifest: dict[str, Any] | None = None, pools: Sequence[Pooled] = ()) -> Board:
+    def of(
+        cls, records: Iterable[Record], manifest: dict[str, Any] | None = None, pools: Sequence[Pooled] = (),
+        checked: Mapping[str, str] | None = None,
+    ) -> Board:  # fmt: skip
         """pools: figures of tables that were estimated together; one whose draws are not these records' is passed over.
+        checked: digests of records that were computed again (`klbench.record.checked_in`).
 
         Raises UserError when there is no record, when two have one id, or when one lacks `free` at every prompt."""
-        ordered = sorted(records, key=lambda r: r.run.id)
+        ordered = sorted(((record.run.id, record) for record in records), key=itemgetter(0))  # an id is a hash: each is made once
         if not ordered:
             raise UserError("a board needs at least one record")
-        for one, next_one in itertools.pairwise(ordered):
-            if one.run.id == next_one.run.id:
-                raise UserError(f"two records have the id {one.run.id}")
-        groups: dict[str, list[Record]] = {}
-        for record in ordered:
+        for (one, _), (next_one, _) in itertools.pairwise(ordered):
+            if one == next_one:
+                raise UserError(f"two records have the id {one}")
+        groups: dict[str, dict[str, Record]] = {}
+        for own, record in ordered:
             free = record.prompts.get("free", [])
             if not record.prompt_ids or len(free) != len(record.prompt_ids):
                 wanted = max(len(record.prompt_ids), 1)
-                raise UserError(f"record {record.run.id}: prompts.free: a number a prompt expected, {wanted} in all, got {len(free)}")
-            groups.setdefault(comparable(record), []).append(record)
-        made = sorted(groups.values(), key=lambda g: (g[0].run.task, g[0].run.prior, g[0].run.beta, g[0].run.id))
-        counts = Counter(g[0].run.task for g in made)
-        shared = {task for task, count in counts.items() if count > 1}
-        return cls(tuple(_table(group, group[0].run.task in shared, pools) for group in made), manifest or {})
+                raise UserError(f"record {own}: prompts.free: a number a prompt expected, {wanted} in all, got {len(free)}")
+            groups.setdefault(comparable(record), {})[own] = record
+        made = [(own, first.run, group) for group in groups.values() for own, first in [next(iter(group.items()))]]
+        made.sort(key=lambda g: (g[1].task, g[1].prior, g[1].beta, g[0]))
+        counts = Counter(run.task for _, run, _ in made)
+        return cls(tuple(_table(group, counts[run.task] > 1, pools, checked or {}) for _, run, group in made), manifest or {})
 
     @classmethod
     def read(cls, folder: Path) -> Board:
@@ -148,7 +161,7 @@ class Board:
                 raise UserError(f"{folder / 'manifest.json'}: not JSON: {error}") from None
             if not isinstance(manifest, dict):
                 raise UserError(f"{folder / 'manifest.json'}: a mapping expected")
-        return cls.of((Record.read(path) for path in paths), manifest, Pooled.all_in(folder))
+        return cls.of((Record.read(path) for path in paths), manifest, Pooled.all_in(folder), checked_in(folder))
 
     @property
     def rows(self) -> list[tuple[Table, Row]]:
@@ -157,7 +170,7 @@ class Board:
     @property
     def truths(self) -> list[Beside]:
         """Every figure whose exact value is known, beside it."""
-        return [b for table in self.tables for b in _truths(table)]
+        return [b for table in self.tables for b in table.truths]
 
     def above_frontier(self, level: float = 0.999) -> list[Row]:
         """Policies that seem to lie beyond the optimal frontier, by intervals that hold for all rows of the board at once at `level`.
@@ -183,48 +196,17 @@ class Board:
     # --- files ---
 
     def write(self, folder: Path) -> None:
-        """board.json, board.csv and index.html in `folder`, each atomically; methods.csv where there are methods with enough seeds."""
+        """board.json and board.csv in `folder`, each atomically; methods.csv where there are methods with enough seeds."""
         write_atomically(folder / "board.json", self.to_json().encode("utf-8", "replace"))
         write_atomically(folder / "board.csv", self.to_csv().encode("utf-8", "replace"))
         if any(table.methods for table in self.tables):
             write_atomically(folder / "methods.csv", self.methods_csv().encode("utf-8", "replace"))
-        self.page(folder / "index.html")
 
     def to_json(self) -> str:
-        """Ranks and brackets by record, each record with the hash of what it says; sorted keys, one trailing newline."""
-        data = {
-            "schema_version": SCHEMA,
-            "above_frontier": {"level": 0.999, "ids": [row.id for row in self.above_frontier()]},
-            "tables": [
-                {
-                    "task": table.first.run.task,
-                    "task_version": table.first.run.task_version,
-                    "prior": table.first.run.prior,
-                    "beta": table.first.run.beta,
-                    "prompts": len(table.first.prompt_ids),
-                    "pool": None if table.pool is None else {"members": list(table.pool.members), "hash": table.pool.hash},
-                    "rows": [
-                        {
-                            "id": row.id,
-                            "sha256": digest(row.record.comparable()),
-                            "method": row.record.run.method,
-                            "kind": row.record.run.kind,
-                            "role": row.role,
-                            "seed": row.record.run.seed,
-                            "status": row.status,
-                            "rank": row.rank,
-                            "reverse_kl_certain": row.bracket,
-                            "columns": {name: row.columns[name].to_json() for name in sorted(row.columns)},
-                            **({"truths": row.record.model_dump(mode="json")["truths"]} if row.record.truths else {}),
-                        }
-                        for row in table.rows
-                    ],
-                    **({"methods": [_standing_json(s) for s in table.methods]} if table.methods else {}),
-                }
-                for table in self.tables
-            ],
-        }
-        return json.dumps(data, sort_keys=True, allow_nan=False, indent=1, ensure_ascii=False) + "\n"
+        """Ranks and brackets by record, each record with the hash of what it says; sorted keys, a row a line, one trailing newline."""
+        above = _json({"level": 0.999, "ids": [row.id for row in self.above_frontier()]})
+        tables = ",\n".join(map(_table_json, self.tables))
+        return f'{{"above_frontier": {above}, "schema_version": {SCHEMA}, "tables": [\n{tables}\n]}}\n'
 
     def to_csv(self) -> str:
         """A row a policy; each column with `_low`, `_high` and `_status` beside it; empty where there is nothing."""
@@ -304,7 +286,7 @@ class Board:
         head += [*single, "status", "certain_low", "certain_high"]
         cells = [head]
         for of, standing in [(table, standing) for table in self.tables for standing in table.methods]:
-            line = [of.title, _place_text(standing.rank, "-"), f"{standing.method} x{len(standing.seeds)} seeds"]
+            line = [of.title, place_text(standing.rank, "-"), f"{standing.method} x{len(standing.seeds)} seeds"]
             for name in ("reverse_kl", "wasted_nats"):
                 figure = standing.columns.get(name)
                 line += ["-"] * 3 if figure is None else [_number(figure.value), _number(figure.low), _number(figure.high)]
@@ -312,7 +294,7 @@ class Board:
             status = standing.columns["reverse_kl"].status if "reverse_kl" in standing.columns else "uncertified"
             cells.append(["_".join(plain(cell).split()) or "-" for cell in [*line, status, "-", "-"]])
         for table, row in self.rows:
-            line = [table.title, _rank(row, "-"), row.label]
+            line = [table.title, rank_text(row, "-"), row.label]
             for name in ("reverse_kl", "wasted_nats"):
                 figure = row.estimate(name)
                 line += ["-"] * 3 if figure is None else [_number(figure.value), _number(figure.low), _number(figure.high)]
@@ -321,31 +303,6 @@ class Board:
             cells.append(["_".join(plain(cell).split()) or "-" for cell in line])
         widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
         return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
-
-    # --- page ---
-
-    def page(self, path: Path) -> None:
-        """One self-contained file: no script, no request. matplotlib draws its figures and is imported here alone."""
-        import jinja2
-
-        environment = jinja2.Environment(
-            loader=jinja2.FunctionLoader(lambda name: files("klbench.page").joinpath(name).read_text(encoding="utf-8")),
-            autoescape=True,
-            trim_blocks=True,
-            lstrip_blocks=True,
-            undefined=jinja2.StrictUndefined,
-        )
-        text = environment.get_template("index.html.j2").render(
-            style=files("klbench.page").joinpath("style.css").read_text(encoding="utf-8"),
-            tables=[_table_view(table, i) for i, table in enumerate(self.tables)],
-            verdict=verdict(self.truths) if self.truths else "",
-            above=[f"{plain(row.label)} on {plain(row.record.run.task)}" for row in self.above_frontier()],
-            columns=COLUMNS,
-            glossary=[(s, MARKS[s], GLOSSARY[s]) for s in GLOSSARY if any(row.status == s for _, row in self.rows)],
-            manifest=facts(self.manifest),
-            command=plain(_command(self.manifest)),
-        )
-        write_atomically(path, text.encode("utf-8", "replace"))
 
 
 # --- what may be compared, and ranks ---
@@ -366,34 +323,73 @@ def role(record: Record) -> str:
     return "null" if record.run.method in NULLS else record.run.kind
 
 
-def _table(records: list[Record], shared: bool, pools: Sequence[Pooled]) -> Table:
-    """Rows of comparable records. `shared`: another table has the same task, so the title must say more."""
-    pool = next((p for p in pools if p.fits(records)), None)
+def _table(records: dict[str, Record], shared: bool, pools: Sequence[Pooled], checked: Mapping[str, str]) -> Table:
+    """Rows of comparable records, given by id. `shared`: another table has the same task, so the title must say more."""
+    every = list(records.values())
+    pool = next((p for p in pools if p.fits(every)), None)
     better = {} if pool is None else pool.columns
-    prompts = {r.run.id: r.prompts | ({} if pool is None else pool.prompts.get(r.run.id, {})) for r in records}
+    prompts = {i: r.prompts | ({} if pool is None else pool.prompts.get(i, {})) for i, r in records.items()}
     free = {i: np.asarray(found["free"], dtype=np.float64) for i, found in prompts.items()}
     stderr = {i: np.asarray(found.get("free_stderr", np.zeros(len(free[i])))) for i, found in prompts.items()}
-    ranked = [r for r in records if role(r) != "target"]
-    ranges = dict(zip((r.run.id for r in ranked), rank_ranges(np.stack([free[r.run.id] for r in ranked])), strict=True)) if ranked else {}
+    ranked = [i for i, r in records.items() if role(r) != "target"]
+    shape = (len(ranked), len(every[0].prompt_ids))
+    far, errors = (np.array([x[i] for i in ranked]).reshape(shape) for x in (free, stderr))
+    ranges = dict(zip(ranked, rank_ranges(far), strict=True)) if ranked else {}
     labels = _labels(records)
     rows = []
-    for record in records:
-        own, bracket = record.run.id, None
+    for own, record in records.items():
+        bracket = None
         columns = record.columns | better.get(own, {})
         if columns["reverse_kl"].status == "uncertified":
-            others = [r.run.id for r in ranked if r.run.id != own]
-            shape = (len(others), len(free[own]))
+            others = np.array([i != own for i in ranked], dtype=bool)
             cap = record.prompts.get("reward_max")
             cap_nats = np.asarray(cap, dtype=np.float64) / record.run.beta if cap and len(cap) == len(free[own]) else None
-            far, errors = (np.array([x[i] for i in others]).reshape(shape) for x in (free, stderr))
-            bracket = certain_bracket(free[own], stderr[own], far, errors, cap_nats)
-        rows.append(Row(record, labels[own], columns, ranges.get(own), bracket))
+            bracket = certain_bracket(free[own], stderr[own], far[others], errors[others], cap_nats)
+        row = Row(own, record, labels[own], columns, ranges.get(own), bracket, "self-reported")
+        rows.append(replace(row, provenance="recomputed") if own in checked and checked[own] == row.sha256 else row)
     rows.sort(key=lambda row: _order(row, float(free[row.id].mean())))
-    longest = max(records, key=lambda r: (max((p.reach for p in r.frontier), default=0.0), len(r.frontier)))
-    run = records[0].run
+    longest = max(every, key=lambda r: (max((p.reach for p in r.frontier), default=0.0), len(r.frontier)))
+    run = every[0].run
     title = f"{run.task} · β {run.beta:g} · {run.prior}" if shared else run.task
-    methods = standings(records, {row.id: row.columns for row in rows}, free)
+    methods = standings(every, {row.id: row.columns for row in rows}, free)
     return Table(title, tuple(rows), tuple(sorted(longest.frontier, key=lambda p: p.reward)), pool, methods)
+
+
+def _json(data: Any) -> str:
+    return json.dumps(data, sort_keys=True, allow_nan=False, ensure_ascii=False)
+
+
+def _table_json(table: Table) -> str:
+    run = table.first.run
+    about = {
+        "task": run.task,
+        "task_version": run.task_version,
+        "prior": run.prior,
+        "beta": run.beta,
+        "prompts": len(table.first.prompt_ids),
+        "pool": None if table.pool is None else {"members": list(table.pool.members), "hash": table.pool.hash},
+    }
+    lists = [*([("methods", [_standing_json(s) for s in table.methods])] if table.methods else []), ("rows", map(_row_json, table.rows))]
+    rest = "".join(f', "{name}": [\n' + ",\n".join(map(_json, items)) + "\n]" for name, items in lists)
+    return f"{_json(about)[:-1]}{rest}}}"
+
+
+def _row_json(row: Row) -> dict[str, Any]:
+    run = row.record.run
+    return {
+        "id": row.id,
+        "sha256": row.sha256,
+        "method": run.method,
+        "kind": run.kind,
+        "role": row.role,
+        "provenance": row.provenance,
+        "seed": run.seed,
+        "status": row.status,
+        "rank": row.rank,
+        "reverse_kl_certain": row.bracket,
+        "columns": {name: row.columns[name].to_json() for name in sorted(row.columns)},
+        **(row.record.model_dump(mode="json", include={"truths"}) if row.record.truths else {}),
+    }
 
 
 def _standing_json(standing: Standing) -> dict[str, Any]:
@@ -406,10 +402,6 @@ def _standing_json(standing: Standing) -> dict[str, Any]:
     }
 
 
-def _truths(table: Table) -> list[Beside]:
-    return [b for row in table.rows for b in beside(plain(table.title), plain(row.label), row.columns, row.record.truths)]
-
-
 def _order(row: Row, free: float) -> tuple[bool, bool, float, str]:
     """The posterior first, then by reverse_kl; rows without one come last, by the part of it that needs no log Z."""
     figure = row.estimate("reverse_kl")
@@ -417,10 +409,10 @@ def _order(row: Row, free: float) -> tuple[bool, bool, float, str]:
     return row.role != "target", value is None, free if value is None else value, row.id
 
 
-def _labels(records: list[Record]) -> dict[str, str]:
+def _labels(records: dict[str, Record]) -> dict[str, str]:
     """Method names, with the seed where a method is there twice, with the id where that is not enough."""
-    count = Counter(r.run.method for r in records)
-    out = {r.run.id: r.run.method if count[r.run.method] == 1 else f"{r.run.method} s{r.run.seed}" for r in records}
+    count = Counter(r.run.method for r in records.values())
+    out = {i: r.run.method if count[r.run.method] == 1 else f"{r.run.method} s{r.run.seed}" for i, r in records.items()}
     again = Counter(out.values())
     return {i: label if again[label] == 1 else f"{label} {i.rsplit('-', 1)[-1]}" for i, label in out.items()}
 
@@ -430,8 +422,10 @@ def _labels(records: list[Record]) -> dict[str, str]:
 
 def plain(text: str) -> str:
     """Without control, formatting and surrogate characters, which move cursors and turn the reading direction; runs of space as one."""
-    kept = "".join(" " if c.isspace() else c for c in text if c.isspace() or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co", "Cn"))
-    return " ".join(kept.split())
+    if not text.isprintable():
+        kept = (" " if c.isspace() else c for c in text if c.isspace() or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co", "Cn"))
+        text = "".join(kept)
+    return " ".join(text.split())
 
 
 def figure_text(x: float | None) -> str:
@@ -449,11 +443,11 @@ def _number(x: float | None) -> str:
     return "-" if x is None else f"{x:.6g}"
 
 
-def _rank(row: Row, dash: str = "–") -> str:
-    return "p*" if row.rank is None else _place_text(row.rank, dash)
+def rank_text(row: Row, dash: str = "–") -> str:
+    return "p*" if row.rank is None else place_text(row.rank, dash)
 
 
-def _place_text(rank: tuple[int, int], dash: str = "–") -> str:
+def place_text(rank: tuple[int, int], dash: str = "–") -> str:
     low, high = rank
     return f"{low}" if low == high else f"{low}{dash}{high}"
 
@@ -466,24 +460,24 @@ def _csv_cell(cell: Any) -> Any:
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "＝", "＋", "－", "＠")) else text
 
 
-def _interval(row: Row, column: str) -> str:
-    return _ends_text(row.estimate(column))
+def interval_text(row: Row, column: str) -> str:
+    return ends_text(row.estimate(column))
 
 
-def _ends_text(figure: Estimate | None) -> str:
+def ends_text(figure: Estimate | None) -> str:
     if figure is None or figure.low is None or figure.high is None or figure.status == "exact":
         return ""
     return f"[{figure_text(figure.low)}, {figure_text(figure.high)}]"
 
 
-def _bracket(row: Row) -> str:
+def bracket_text(row: Row) -> str:
     if row.bracket is None:
         return ""
     low, high = row.bracket
     return f"in {figure_text(low)} … {figure_text(high)}" if high is not None else f"at least {figure_text(low)}"
 
 
-def _against(row: Row, column: str) -> str:
+def against(row: Row, column: str) -> str:
     """A figure / the posterior's own, to three digits: it is their distance that counts."""
     own, target = row.estimate(column), row.estimate(f"{column}_target")
     return " / ".join("–" if e is None or e.value is None else f"{e.value:#.3g}".rstrip(".").replace("-", "−") for e in (own, target))
@@ -513,7 +507,7 @@ def _methods_table(table: Table) -> Any:
         figures = [standing.columns.get(name) for name in ("reverse_kl", "wasted_nats", "reward", "kl_prior", "own_kl")]
         texts = [figure_text(f.value if f else None) for f in figures]
         status = figures[0].status if figures[0] else ""
-        made.add_row(_place_text(standing.rank), plain(standing.method)[:32], texts[0], _ends_text(figures[0]), *texts[1:], status)
+        made.add_row(place_text(standing.rank), plain(standing.method)[:32], texts[0], ends_text(figures[0]), *texts[1:], status)
     return made
 
 
@@ -522,13 +516,13 @@ def _terminal_cells(table: Table) -> list[list[str]]:
     lines = []
     for row in table.shown:
         doubt = MARKS["uncertified"] if row.status == "uncertified" else ""
-        line = [_rank(row), plain(row.label)[:32]]
+        line = [rank_text(row), plain(row.label)[:32]]
         for name in ("reverse_kl", "wasted_nats", "reward", "kl_prior"):
             figure = row.estimate(name)
             line.append(figure_text(figure.value if figure else None) + (doubt if figure and COLUMNS[name].posterior else ""))
-        line.insert(3, _interval(row, "reverse_kl") or _bracket(row))
+        line.insert(3, interval_text(row, "reverse_kl") or bracket_text(row))
         status = f"{MARKS.get(row.status, '')} {plain(row.status)}".strip()
-        lines.append([*line, _against(row, "entropy"), _against(row, "distinct_2"), status])
+        lines.append([*line, against(row, "entropy"), against(row, "distinct_2"), status])
     return lines
 
 
@@ -562,189 +556,3 @@ def _terminal_table(table: Table, lines: list[list[str]], kept: list[int], gap: 
         doubt = row.status in ("uncertified", "infeasible")
         made.add_row(*(Text(line[i], style="yellow" if doubt and i in (2, 3, 4, 9) else "dim" if i in (3, 9) else style) for i in kept))
     return made
-
-
-# --- page: plain data for the template, every text already stripped, escaped by Jinja ---
-
-SHOWN: Final = ("wasted_nats", "reward", "gold", "moments", "kl_prior")
-OPTIONAL: Final = ("gold", "moments")  # on the table of a task that has them
-LONGEST: Final = 1200  # characters of a prompt or completion on the page; the samples file has the rest
-
-
-def _table_view(table: Table, index: int) -> dict[str, Any]:
-    from markupsafe import Markup
-
-    from klbench.page import figures
-
-    places = []
-    standing_for = {standing.method: standing.columns for standing in table.methods}
-    for row in table.shown:
-        columns = standing_for.get(row.record.run.method, row.columns)
-        reward, kl = columns.get("reward"), columns.get("kl_prior")
-        label = row.record.run.method if row.record.run.method in standing_for else row.label
-        if reward is not None and kl is not None and all(e.value is not None and math.isfinite(e.value) for e in (reward, kl)):
-            places.append(figures.Place(plain(label), row.role, _ends(reward), _ends(kl)))
-    frontier = [figures.Point(p.reward, p.kl, p.low, p.high, p.reach) for p in table.frontier]
-    trained = [row for row in table.shown if figures.keys_of(row.record.curve)]
-    axes = figures.limits([row.record.curve for row in trained])
-    top = _top(table)
-    run = table.first.run
-    names = [n for n in SHOWN if n not in OPTIONAL or any(n in row.columns for row in table.rows)]
-    return {
-        "names": names,
-        "anchor": f"task-{index + 1}",
-        "title": plain(table.title) or "unnamed",
-        "beta": f"{run.beta:g}",
-        "prior": plain(run.prior),
-        "prompts": len(table.first.prompt_ids),
-        "draws": run.score.draws,
-        "rows": [_row_view(row, top, names) for row in table.shown],
-        "hidden": len(table.rows) - len(table.shown),
-        "methods": [_standing_view(standing, top) for standing in table.methods],
-        "learning": Markup(figures.learning({plain(s.method): s.curve for s in table.methods if s.curve}, f"{index} {table.title}"))
-        if any(s.curve for s in table.methods)
-        else None,
-        "ticks": [(f"{t:g}", f"{_place(t, top):.2f}") for t in figures.ticks(top, 0.2)],
-        "plane": Markup(figures.plane(places, frontier, f"{index} {table.title}")) if places else None,
-        "curves": [
-            {"label": plain(row.label), "svg": Markup(figures.training(row.record.curve, axes, f"{index} {row.id}"))} for row in trained
-        ],
-        "truths": views(_truths(table)),
-        "uncertified": any(row.status == "uncertified" for row in table.rows),
-    }
-
-
-def _standing_view(standing: Standing, top: float) -> dict[str, Any]:
-    names = ("wasted_nats", "reward", "kl_prior", "own_kl")
-    reverse = standing.columns.get("reverse_kl")
-    return {
-        "rank": _place_text(standing.rank),
-        "label": plain(standing.method) or "unnamed",
-        "seeds": len(standing.seeds),
-        "reverse": figure_text(reverse.value if reverse else None),
-        "interval": _ends_text(reverse),
-        "status": reverse.status if reverse else "",
-        "reason": plain(reverse.reason) if reverse else "",
-        "bar": _bar_of(reverse, None, top),
-        "cells": [
-            (n, figure_text(f.value if (f := standing.columns.get(n)) else None), _ends_text(standing.columns.get(n))) for n in names
-        ],
-    }
-
-
-def _row_view(row: Row, top: float, shown_names: list[str]) -> dict[str, Any]:
-    reverse = row.estimate("reverse_kl")
-    run = row.record.run
-    names = [*(n for n in COLUMNS if n in row.columns), *sorted(set(row.columns) - set(COLUMNS))]
-    train = run.train.model_dump() if run.train else None
-    cost = {key: value for key, value in row.record.cost.items() if key != "machine"}
-    return {
-        "label": plain(row.label) or "unnamed",
-        "role": row.role,
-        "id": plain(row.id),
-        "rank": _rank(row),
-        "status": plain(row.status),
-        "mark": MARKS.get(row.status, ""),
-        "reason": plain(row.columns["reverse_kl"].reason) if "reverse_kl" in row.columns else "",
-        "reverse": figure_text(reverse.value if reverse else None),
-        "interval": _interval(row, "reverse_kl"),
-        "bracket": _bracket(row),
-        "bar": _bar(row, top),
-        "cells": [(n, figure_text(e.value if (e := row.estimate(n)) else None), _interval(row, n)) for n in shown_names],
-        "against": [(n, _against(row, n).split(" / ")) for n in ("entropy", "distinct_2")],
-        "columns": [_column_view(row, name) for name in names],
-        "facts": facts({"kind": run.kind, "seed": run.seed, "train": train, "score": run.score.model_dump(), "cost": cost}),
-        "notes": [plain(note) for note in row.record.notes],
-        "samples": [
-            {
-                "prompt": shown(s.prompt),
-                "completion": shown(s.completion),
-                "reward": figure_text(s.reward),
-                "log_p0": figure_text(s.log_p0),
-                "log_q": figure_text(s.log_q),
-            }
-            for s in row.record.samples
-        ],
-    }
-
-
-def _column_view(row: Row, name: str) -> dict[str, str]:
-    figure = row.columns[name]
-    about = COLUMNS.get(name)
-    return {
-        "name": plain(name),
-        "formula": about.formula if about else "",
-        "unit": about.unit if about else "",
-        "value": figure_text(figure.value),
-        "interval": _interval(row, name),
-        "status": plain(figure.status) if (about is None or about.posterior) else "",
-        "reason": plain(figure.reason),
-    }
-
-
-def _ends(figure: Estimate) -> tuple[float, float, float]:
-    """(value, low, high), the ends at the value where there is no finite interval."""
-    value = figure.value or 0.0
-    low, high = figure.low, figure.high
-    return value, low if low is not None and math.isfinite(low) else value, high if high is not None and math.isfinite(high) else value
-
-
-def _top(table: Table) -> float:
-    """The right end of the interval marks: the largest upper end of reverse_kl, but not far beyond a null row's.
-
-    Who is that much worse than having learned nothing stands at the edge with an arrow, and the others keep the room.
-    """
-    figures = [(row.role, e) for row in table.rows if (e := row.estimate("reverse_kl"))]
-    ends = [(role, x) for role, e in figures for x in (e.value, e.high) if x is not None and math.isfinite(x)]
-    top = max((x for _, x in ends), default=0.0)
-    null = max((x for role, x in ends if role == "null"), default=math.inf)
-    return min(top, 1.25 * null if null > 0 else math.inf) * 1.04 or 1.0
-
-
-def _place(x: float, top: float) -> float:
-    """Percent of the width at which x nats stand on a square-root axis that ends at `top`."""
-    return 100.0 * min(math.sqrt(max(x, 0.0) / top), 1.0)
-
-
-def _bar(row: Row, top: float) -> dict[str, str] | None:
-    """Where the dot and the line of an interval mark stand, in percent; the line of an uncertified figure is its bracket."""
-    return _bar_of(row.estimate("reverse_kl"), row.bracket, top)
-
-
-def _bar_of(figure: Estimate | None, bracket: tuple[float, float | None] | None, top: float) -> dict[str, str] | None:
-    if figure is None or figure.value is None:
-        return None
-    low, high = figure.low, figure.high
-    if low is None or high is None:
-        low, high = bracket or (None, None)
-        high = top if low is not None and high is None else high
-    out = {"dot": f"{_place(figure.value, top):.2f}", "beyond": "beyond" if figure.value > top else ""}
-    if low is not None and high is not None:
-        out |= {"left": f"{_place(low, top):.2f}", "width": f"{_place(high, top) - _place(low, top):.2f}"}
-    return out
-
-
-def shown(text: str) -> str:
-    """A sample's text: line ends and tabs stay, other control and direction characters become �, what is too long is cut and says so."""
-    head = text[:LONGEST]
-    kept = "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs") or c == "\u200d" else "\ufffd" for c in head)
-    return kept + (f" … ({len(text) - LONGEST:,} characters more)" if len(text) > LONGEST else "")
-
-
-def facts(data: Any, name: str = "") -> list[tuple[str, str]]:
-    """Nested data as (dotted key, text) pairs; what `machine` holds differs between equal runs and stays out."""
-    if isinstance(data, dict):
-        keys = sorted((key for key in data if key != "machine"), key=str)
-        return [pair for key in keys for pair in facts(data[key], f"{name}.{key}" if name else str(key))]
-    if data is None or data == "" or data == []:
-        return []
-    if isinstance(data, list):
-        if any(isinstance(item, dict | list) for item in data):
-            return [pair for i, item in enumerate(data) for pair in facts(item, f"{name}.{i}")]
-        data = ", ".join(str(item) for item in data)
-    return [(plain(name), plain(f"{data:g}" if isinstance(data, float) else str(data))[:400])]
-
-
-def _command(manifest: dict[str, Any]) -> str:
-    command = manifest.get("command", "")
-    return " ".join(str(part) for part in command) if isinstance(command, list) else str(command)

@@ -8,13 +8,16 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
 from klbench import __version__
+from klbench.commands import new, reward, tasks, train_reward, validate
+from klbench.commands.export import export
+from klbench.commands.leaderboard import leaderboard
 from klbench.errors import UserError, unknown
 from klbench.terminal import cell, command_line, complain, console, debugging, records_of, table
 
@@ -30,13 +33,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-leaderboard = typer.Typer(help="Pages from records.", rich_markup_mode=None, no_args_is_help=False)
 app.add_typer(leaderboard, name="leaderboard")
+app.command()(export)
+app.add_typer(new.app, name="new")
+app.add_typer(tasks.app, name="tasks")
+app.command()(validate.validate)
+app.command("train-reward")(train_reward.train_reward)
+app.command()(reward.reward)
 
-KINDS: Final = ("tasks", "objectives", "samplers", "priors", "suites", "claims")
+KINDS: Final = ("tasks", "objectives", "samplers", "rewards", "priors", "suites", "claims")
 
 Prior = Annotated[str, typer.Option(help="name (mini), directory or hub name of the prior")]
-Include = Annotated[list[Path] | None, typer.Option(help="directory with objectives of your own; may be repeated")]
+Include = Annotated[list[Path] | None, typer.Option(help="directory with tasks, objectives and samplers of your own; may be repeated")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N or mps  [default: cuda where there is any]")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="key=value, as train.steps=80 or beta=0.1; may be repeated")]
 
@@ -106,7 +114,7 @@ def score(
     ],
     task: Annotated[str | None, typer.Option(help="prompts and reward of this task")] = None,
     prompts: Annotated[Path | None, typer.Option(help='file with a prompt a line, or .jsonl with "prompt" or "text"')] = None,
-    reward: Annotated[str | None, typer.Option(help="module:function, called as f(prompts, completions)")] = None,
+    reward: Annotated[str | None, typer.Option(help="name (see ls rewards), directory, hf:NAME, evaluate:NAME or module:function")] = None,
     reward_max: Annotated[float | None, typer.Option(help="ceiling of the reward; without it nothing can be certified")] = None,
     beta: Annotated[float | None, typer.Option(help="KL penalty  [default: the task's]")] = None,
     samples: Annotated[int | None, typer.Option(min=16, help="draws a prompt, of the prior and of each policy")] = None,
@@ -120,6 +128,7 @@ def score(
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="length at which a continuation is cut")] = None,
     seed: Annotated[int, typer.Option(min=0, help="of the draws")] = 0,
     device: Device = None,
+    include: Include = None,
     json: Annotated[Path | None, typer.Option(help="write the result here too")] = None,
 ) -> None:
     """Score given checkpoints and samplers: their distance to the posterior of (prior, reward, beta)."""
@@ -133,11 +142,15 @@ def score(
         raise UserError("--reward-max belongs to --reward; a task declares its own")
     if json is not None and not json.absolute().parent.is_dir():
         raise UserError(f"--json {json}: no directory {json.parent}")
+
+    from klbench import rewards
+
     asked: dict[str, Any] = {
         "prior": prior, "policies": _policies(policy), "task": task, "beta": beta, "reward_max": reward_max, "samples": samples,
-        "prompts": None if prompts is None else _prompts(prompts), "reward": None if reward is None else _function(reward),
+        "prompts": None if prompts is None else _prompts(prompts),
+        "reward": None if reward is None else rewards.load(reward, include or (), device or "cpu"),
         "max_new_tokens": max_new_tokens, "seed": seed, "device": device, "precision": precision, "budget": budget, "interval": interval,
-        "measures": measure, "pool": pool, "bank": bank, "chat": chat,
+        "measures": measure, "pool": pool, "bank": bank, "chat": chat, "include": tuple(include) if include else None,
     }  # fmt: skip
 
     from klbench import api
@@ -240,10 +253,15 @@ def claims(
 
 
 @app.command()
-def ls(kind: Annotated[str, typer.Argument(help=" | ".join(KINDS))]) -> None:
+def ls(kind: Annotated[str, typer.Argument(help=" | ".join(KINDS))], include: Include = None) -> None:
     """What is there."""
     if kind not in KINDS:
         raise unknown("kind of thing to list", kind, KINDS)
+
+    from klbench.included import standing
+
+    mine = tuple(include or ())
+    standing(mine)
     if kind == "suites":
         from klbench import suite
 
@@ -253,17 +271,21 @@ def ls(kind: Annotated[str, typer.Argument(help=" | ".join(KINDS))]) -> None:
     elif kind == "tasks":
         from klbench import task
 
-        table(["task", "what it measures"], ([name, task.load(name).summary] for name in task.names()))
+        table(["task", "what it measures"], ([name, task.load(name, mine).summary] for name in task.names(mine)))
     elif kind == "objectives":
         from klbench import method
 
-        found = ((name, method.objective(name)) for name in method.names("objectives"))
+        found = ((name, method.objective(name, mine)) for name in method.names("objectives", mine))
         table(["objective", "optimum", "trained on", "paper"], ([name, o.optimum, method.needed(o), o.source] for name, o in found))
     elif kind == "samplers":
         from klbench import method
 
-        made = ((name, method.sampler(name)) for name in method.names("samplers"))
+        made = ((name, method.sampler(name, mine)) for name in method.names("samplers", mine))
         table(["sampler", "law", "needs", "paper"], ([name, *method.described(s), s.source] for name, s in made))
+    elif kind == "rewards":
+        from klbench import rewards
+
+        table(["reward", "what it is", "reward_max"], ([*row[:2], cell(row[2])] for row in rewards.described()))
     else:
         from klbench import claims
 
@@ -273,44 +295,12 @@ def ls(kind: Annotated[str, typer.Argument(help=" | ".join(KINDS))]) -> None:
 
 
 @app.command()
-def validate(
-    path: Annotated[str, typer.Argument(help="a suite (.yaml), an objective or sampler (.py) or the name of a task")],
-    include: Include = None,
-) -> None:
-    """Is my suite, objective, sampler or task sound? One line says so, or what is wrong with it."""
-    if path.endswith((".yaml", ".yml")):
-        from klbench import run as grid
-
-        runs = grid.resolve(grid.suite_of(path), tuple(include or ()), hashes=lambda *_: {})
-        print(f"{path}: sound: {len({r.task for r in runs})} tasks, {len(runs)} runs")
-    elif path.endswith(".py"):
-        print(f"{path}: sound: {_check_plugin(Path(path))} laws hold")
-    else:
-        _check_task(path)
-        print(f"{path}: sound: splits disjoint, reward finite and the same twice")
-
-
-@app.command()
 def doctor() -> None:
     """Is this machine sound? Exit 1 when something is broken."""
     findings = list(_examine())
     table(["", "thing", "finding"], (["ok" if ok else "BROKEN", thing, finding] for ok, thing, finding in findings))
     if not all(ok for ok, _, _ in findings):
         raise typer.Exit(1)
-
-
-@leaderboard.command("build")
-def leaderboard_build(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="directory of a run")],
-    out: Annotated[Path | None, typer.Option(help="directory for the pages  [default: DIR]")] = None,
-) -> None:
-    """Build board.json, board.csv and index.html from records."""
-    from klbench import run as grid
-    from klbench.record import Pooled
-
-    records = grid.records_in(directory)
-    grid.publish(out or directory, records, grid.manifest_in(directory), pools=Pooled.all_in(directory))
-    print((out or directory) / "index.html")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -401,37 +391,13 @@ def _prompts(path: Path) -> list[str]:
             except ValueError as error:
                 raise UserError(f"{path}, line {number}: not JSON: {error}") from None
             text = (row.get("prompt", row.get("text")) if isinstance(row, dict) else None) or None
+            if isinstance(text, dict):  # as RealToxicityPrompts is published: {"prompt": {"text": ..., "toxicity": ...}}
+                text = text.get("text") or None
             if not isinstance(text, str):
                 raise UserError(f'{path}, line {number}: an object with a "prompt" or "text" string expected')
             found.append(text)
     if not found:
         raise UserError(f"{path}: no prompt in it")
-    return found
-
-
-def _function(spec: str) -> Callable[..., Any]:
-    """`module:function`, the working directory first on the path. Raises UserError that says which half is missing."""
-    import importlib
-
-    module_name, colon, name = spec.partition(":")
-    if not (colon and module_name and name):
-        raise UserError(f"--reward {spec!r}: module:function expected")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not (module_name + ".").startswith(error.name + "."):
-            raise UserError(f"--reward {spec}: module {module_name} imports {error.name!r}, which is not installed") from None
-        raise unknown("module", module_name, [p.stem for p in Path.cwd().glob("*.py")]) from None
-    except Exception as error:
-        raise UserError(f"--reward {spec}: importing {module_name} raised {type(error).__name__}: {error}") from None
-    if not hasattr(module, name):
-        raise unknown(f"function in module {module_name}", name, [n for n, v in vars(module).items() if callable(v) and n[0] != "_"])
-    function = getattr(module, name)
-    if not callable(function):
-        raise UserError(f"--reward {spec}: {name} is not a function")
-    found: Callable[..., Any] = function
     return found
 
 
@@ -464,56 +430,6 @@ def _prior_policy(name: str) -> CausalLM:
     from klbench.priors import prior_path
 
     return causal_lm.load(prior_path(name), name)
-
-
-def _check_plugin(path: Path) -> int:
-    """How many laws were tried. Raises UserError unless the file holds one objective or one sampler, which keeps every law."""
-    if not path.is_file():
-        raise UserError(f"no file at {path}")
-    if not path.stem.isidentifier():
-        raise UserError(f"{path}: a file name that is a Python name expected, as the method is called by it")
-
-    from klbench import convergence, laws, method
-
-    try:
-        try:
-            objective = method.objective(path.stem, (path.parent,))
-            held = (*laws.check_objective(objective), *convergence.check_ending(objective))
-        except UserError as no_objective:
-            if "found 0" not in str(no_objective):
-                raise
-            held = laws.check_sampler(method.sampler(path.stem, (path.parent,)))
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except Exception as error:  # whatever code of a stranger raises is an answer about that code
-        raise UserError(f"{path}: {type(error).__name__}: {error}") from error
-    for law in held:
-        if not law.holds:
-            raise UserError(f"{path}: the law {law.name!r} does not hold: {law.detail} (gap {law.gap:.3g})")
-    return len(held)
-
-
-def _check_task(name: str) -> None:
-    """Raises UserError unless the task has three disjoint splits and a reward that is finite and deterministic."""
-    from klbench import task
-
-    loaded = task.load(name)
-    seen: dict[str, str] = {}
-    for split in task.SPLITS:
-        prompts = loaded.prompts(split)
-        if not prompts:
-            raise UserError(f"task {name}: split {split} is empty")
-        for prompt in prompts:
-            if prompt in seen:
-                raise UserError(f"task {name}: prompt {prompt!r} is in split {seen[prompt]} and again in {split}")
-            seen[prompt] = split
-    if not (loaded.summary and loaded.version >= 1 and loaded.max_new_tokens >= 1):
-        raise UserError(f"task {name}: summary, version >= 1 and max_new_tokens >= 1 expected")
-    few = loaded.prompts("score")[:4]
-    completions = [[" she said so.", " he said so.", ""] for _ in few]
-    target = loaded.target(_prior_policy(getattr(loaded, "prior", "mini")), loaded.beta)
-    if (target.rewards(few, completions) != target.rewards(few, completions)).any():
-        raise UserError(f"task {name}: its reward gives one completion two values")
 
 
 def _examine() -> Iterable[tuple[bool, str, str]]:

@@ -7,7 +7,7 @@ Conventions: nats, float64, arrays [P] a prompt or [B, P] a left-out block and a
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Final
 
 import numpy as np
@@ -56,7 +56,7 @@ class Estimate:
 
     def to_json(self) -> dict[str, Any]:
         """A dict for JSON; infinite numbers become the strings "inf" and "-inf"."""
-        out = asdict(self)
+        out: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}  # asdict would copy each number deeply
         for name in self.NUMBERS:
             out[name] = finite_or_word(out[name])
         out["population"] = None if self.population is None else [finite_or_word(x) for x in self.population]

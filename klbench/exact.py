@@ -25,7 +25,7 @@ from torch import Tensor
 
 from klbench.errors import UserError
 from klbench.estimate import Array
-from klbench.estimators.diversity import SET
+from klbench.estimators.diversity import SET, at_cap
 from klbench.method import AbstractSampler, AbstractSteering, ClosedForm, RewardLaw, TiltedForm
 from klbench.policies.causal_lm import CausalLM
 from klbench.policies.tabular import Tabular, sequences
@@ -200,6 +200,24 @@ def log_chi2(log_p: Array, log_q: Array) -> Array:
         return np.maximum(logsumexp(np.where(np.isneginf(log_p), -np.inf, 2 * log_p - log_q), axis=1), 0.0)
 
 
+def differential_entropy(log_q: Array, log_p0: Array) -> Array:
+    """[P] entropy (nats) of the differential law d = (q/p0) / sum_x q/p0 from log-probabilities [P, S] of all S outcomes.
+
+    Large where the update is spread evenly over answers, log S where q = p0; of p*/p0 it is the entropy of softmax(r / beta). Outcomes that
+    neither law says are left out. d counts answers and not the prior's mass: every estimate of it from draws of any law known to us weighs
+    them by 1/p0 of answers that nobody draws, so this sum is all there is. Raises ValueError where q has mass that p0 has not.
+    Source: Won et al. 2025, arXiv:2505.23761 (differential information distribution).
+    """
+    outside = np.isneginf(log_p0)
+    if (outside & ~np.isneginf(log_q)).any():
+        raise ValueError("q has mass where the prior has none: q/p0 is no law")
+    with np.errstate(invalid="ignore"):
+        log_d = np.where(outside, -np.inf, log_q - log_p0)
+    log_d = log_d - logsumexp(log_d, axis=1, keepdims=True)
+    d = np.exp(log_d)
+    return np.asarray(-xlogy(d, d).sum(1))
+
+
 def distinct(outcomes: Outcomes, q: Array, n: int) -> Array:
     """[P] E[different n-grams] / E[n-grams] in sets of 16 independent draws; 0 where no draw is n tokens long."""
     body = _bodies(outcomes)
@@ -218,11 +236,11 @@ def distinct(outcomes: Outcomes, q: Array, n: int) -> Array:
     return np.divide(_seen(inside).sum(1), total, out=np.zeros(len(q)), where=total > 0)
 
 
-def unique(outcomes: Outcomes, q: Array) -> Array:
-    """[P] E[different draws] / 16 in sets of 16 independent draws."""
+def unique(outcomes: Outcomes, q: Array, valid: NDArray[np.bool_] | None = None) -> Array:
+    """[P] E[different draws] / 16 in sets of 16 independent draws; valid [P, S]: only those are counted."""
     _, same = np.unique(_bodies(outcomes), axis=0, return_inverse=True)
-    mass = np.stack([np.bincount(same.ravel(), weights=row) for row in q]).astype(np.float64)
-    return np.asarray(_seen(mass).sum(1) / SET)
+    mass = np.stack([np.bincount(same.ravel(), weights=row) for row in (q if valid is None else np.where(valid, q, 0.0))])
+    return np.asarray(_seen(mass.astype(np.float64)).sum(1) / SET)
 
 
 def _seen(mass: Array) -> Array:
@@ -259,6 +277,9 @@ def truths(
         "unique_target": unique(every, p),
     }
     feature, gold = task.features(), task.gold()
+    valid = at_cap(every.reward, target.ceiling(prompts)) if feature is None else None
+    if valid is not None:
+        found["unique_valid_target"] = unique(every, p, valid)
     phi = None if feature is None else every.values(feature[0])
     if phi is not None:
         found["moments_target"] = (p * phi).sum(1)
@@ -285,6 +306,8 @@ def truths(
         }
         if 1e-12 < spent.mean() < math.inf:
             found["kl_efficiency"] = min(1.0, max(0.0, -least / float(spent.mean())))
+        if valid is not None:
+            found["unique_valid"] = unique(every, q, valid)
         if gold is not None:
             found["gold"] = (q * every.values(gold)).sum(1)
         if phi is not None:

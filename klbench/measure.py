@@ -51,6 +51,8 @@ COLUMNS: Final[dict[str, Column]] = {
     "distinct_2_target": Column("distinct-2 of p*", "", "", True, "distinct-2 of the bank's draws that exact rejection accepts"),
     "unique": Column("unique", "", "", False, "different draws / draws, in 16 draws of a prompt"),
     "unique_target": Column("unique of p*", "", "", True, "unique share of the bank's draws that exact rejection accepts"),
+    "unique_valid": Column("unique at cap", "", "", False, "different draws of the largest reward / draws, in 16 draws of a prompt"),
+    "unique_valid_target": Column("unique at cap of p*", "", "", True, "the same of the bank's draws that exact rejection accepts"),
     "self_bleu": Column("self-BLEU", "", "", False, "BLEU-4 (words) of each of 16 draws against the other 15"),
     "reward_target": Column("reward of p*", "reward", "", True, "E_p*[r], from the bank"),
     "kl_prior_target": Column("KL of p* to prior", "nats", "", True, "KL(p*‖p0), from the bank"),
@@ -74,8 +76,11 @@ BOUNDS: Final[dict[str, tuple[float, float]]] = {
 
 
 def bounded(column: str, figure: Estimate) -> Estimate:
-    """The figure inside the bounds of its column (0 and infinity unless BOUNDS says otherwise), its value inside its interval."""
-    least, most = BOUNDS.get(column, (0.0, math.inf))
+    """The figure inside the bounds of its column, its value inside its interval.
+
+    The bounds are 0 and infinity unless BOUNDS says otherwise; of a column that a task or another tool named nobody knows any.
+    """
+    least, most = BOUNDS.get(column, (-math.inf if column.startswith(OPEN) else 0.0, math.inf))
     clip = lambda x: None if x is None else min(max(x, least), most)  # noqa: E731
     value, low, high = map(clip, (figure.value, figure.low, figure.high))
     if value is not None:

@@ -14,9 +14,9 @@ import inspect
 import math
 import pkgutil
 import re
-import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from klbench import included
 from klbench.batch import Batch
 from klbench.errors import UserError, unknown
 from klbench.estimate import Array
@@ -47,6 +48,7 @@ class AbstractObjective(ABC):
     needs_prior: ClassVar[bool] = True  # False spares the prior's pass
     needs_kl: ClassVar[bool] = False  # True: `batch.kl_token`
     needs_features: ClassVar[bool] = False  # True: `batch.features`
+    needs_prompt: ClassVar[bool] = False  # True: `batch.prompt_log_q`
     controls: ClassVar[tuple[str, str] | None] = None  # two texts before the prompt: `log_q` is under the first, `other_log_q` the second
     epochs: ClassVar[int] = 1  # optimiser steps on one batch of draws
 
@@ -66,6 +68,7 @@ class AbstractStatefulObjective(ABC):
     needs_prior: ClassVar[bool] = True
     needs_kl: ClassVar[bool] = False
     needs_features: ClassVar[bool] = False
+    needs_prompt: ClassVar[bool] = False
     controls: ClassVar[tuple[str, str] | None] = None
     epochs: ClassVar[int] = 1
     state_lr: ClassVar[float] = 0.1  # learning rate of the trained part of the state
@@ -147,6 +150,15 @@ class TiltedForm(Protocol):
 
     def own_tilt(self, log_p0: Array, reward: Array, beta: float, draws: int) -> Array:
         """[N] log of the optimum over p0, up to a constant a prompt."""
+        ...
+
+
+@runtime_checkable
+class Watched(Protocol):
+    """An objective with figures of its own for the training curve."""
+
+    def watched(self, batch: Batch) -> dict[str, float]:
+        """By name, of a step's last batch."""
         ...
 
 
@@ -265,12 +277,7 @@ def _load(package: str, kind: str, name: str, base: tuple[type, ...], include: t
     for folder in include:
         path = folder / f"{name}.py"
         if path.is_file():
-            spec = importlib.util.spec_from_file_location(f"klbench_included_{name}", path)
-            assert spec is not None and spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[spec.name] = module  # a dataclass with postponed annotations looks its module up there
-            spec.loader.exec_module(module)
-            return _class_in(module, base)
+            return _class_in(included.module(path), base)
     if name in _builtin(package):
         return _class_in(importlib.import_module(f"klbench.{package}.{name}"), base)
     plugins = {e.name: e for e in entry_points(group=f"klbench.{package}")}
@@ -283,15 +290,51 @@ def _load(package: str, kind: str, name: str, base: tuple[type, ...], include: t
     raise unknown(kind, name, [*_builtin(package), *plugins, *here])
 
 
-def names(package: str) -> list[str]:
-    """Names of all "objectives" or "samplers" that can be loaded, built in and installed."""
-    return sorted({*_builtin(package), *(e.name for e in entry_points(group=f"klbench.{package}"))})
+def names(package: str, include: tuple[Path, ...] = ()) -> list[str]:
+    """Names of all "objectives" or "samplers" that can be loaded, built in, installed and included.
+
+    A file in an included folder that holds none, or that cannot be imported, is passed over.
+    """
+    load: Callable[[str, tuple[Path, ...]], object] = {"objectives": objective, "samplers": sampler}[package]
+    found = {*_builtin(package), *(e.name for e in entry_points(group=f"klbench.{package}"))}
+    for path in (path for folder in include for path in folder.glob("*.py")):
+        with suppress(Exception):
+            load(path.stem, include)
+            found.add(path.stem)
+    return sorted(found)
 
 
-def objective(name: str, include: tuple[Path, ...] = ()) -> Objective:
-    """The objective of that name with its paper's defaults. Raises UserError with the nearest name."""
-    loaded: Objective = _load("objectives", "objective", name, (AbstractObjective, AbstractStatefulObjective), include)()
+def base(spec: str) -> str:
+    """The name alone of `rebel:huber=0.7` or `best_of_n:16`, hyphens as underscores."""
+    return spec.partition(":")[0].replace("-", "_")
+
+
+def objective(spec: str, include: tuple[Path, ...] = ()) -> Objective:
+    """`rebel` has its paper's defaults, `rebel:huber=0.7,...` other values of its fields. Raises UserError with the nearest name."""
+    made = _load("objectives", "objective", base(spec), (AbstractObjective, AbstractStatefulObjective), include)
+    loaded: Objective = made(**_settings(spec, made))
     return loaded
+
+
+def _settings(spec: str, made: type) -> dict[str, int | float | bool]:
+    """Fields of an objective as they stand behind its name. Raises UserError for an unknown one, with the nearest, and for a bad value."""
+    name, colon, text = spec.partition(":")
+    known = {f.name: f for f in fields(made)}
+    found: dict[str, int | float | bool] = {}
+    for part in text.split(",") if colon else ():
+        key, equals, value = part.partition("=")
+        key = key.replace("-", "_")
+        if not equals:
+            raise UserError(f"objective {spec!r}: NAME:setting=value,... expected")
+        if key not in known:
+            raise unknown(f"setting of {name}", key, known) if known else UserError(f"objective {spec!r}: {name} has no settings")
+        if known[key].type in ("bool", bool):
+            if value not in ("true", "false"):
+                raise UserError(f"objective {spec!r}: {key} is true or false")
+            found[key] = value == "true"
+        else:
+            found[key] = _number(f"objective {spec!r}: {key}:", known[key].type, value)
+    return found
 
 
 Sampler = AbstractSampler | AbstractDecoding | AbstractBlend | AbstractSteering
@@ -313,10 +356,15 @@ def _argument(spec: str, made: type, text: str) -> int | float:
     first = next(iter(fields(made)), None)
     if first is None:
         raise UserError(f"sampler {spec!r}: {spec.partition(':')[0]} takes nothing after the colon")
-    if first.type in ("float", float):
-        if not re.fullmatch(r"([0-9]{1,9}(\.[0-9]{0,17})?|\.[0-9]{1,17})(e-?[0-9]{1,2})?", text):
-            raise UserError(f"sampler {spec!r}: a number expected after the colon")
+    return _number(f"sampler {spec!r}: behind the colon", first.type, text)
+
+
+def _number(where: str, kind: object, text: str) -> int | float:
+    """Of a field's type: int a whole number, float any."""
+    if kind in ("float", float):
+        if not re.fullmatch(r"-?([0-9]{1,9}(\.[0-9]{0,17})?|\.[0-9]{1,17})(e-?[0-9]{1,2})?", text):
+            raise UserError(f"{where} a number expected, got {text!r}")
         return float(text)
     if not re.fullmatch(r"[0-9]{1,9}", text):
-        raise UserError(f"sampler {spec!r}: a whole number expected after the colon")
+        raise UserError(f"{where} a whole number expected, got {text!r}")
     return int(text)

@@ -5,7 +5,8 @@
 BASE: a shipped prior's name, a directory in Hugging Face format, `owner/name` on a hub, or `prior`, the prior that was given.
 ADAPTER: a directory or hub name of a PEFT adapter; alone it stands on the base that it names, where that is a directory, else on the prior.
 DECODING: `temperature:0.7`, `top_p:0.9`, or `system:FILE`, a system prompt read from a text file; they apply in the order written. A blend
-(`realignment:0.5`) mixes the policy with the prior and comes first.
+(`realignment:0.5`) mixes the policy with the prior and comes first. `emulated:SMALL` comes before all: BASE is then a small model that was
+tuned from SMALL, a base too, and the policy is the prior times BASE/SMALL; `emulated:SMALL,realignment:0.5` has that ratio's square root.
 A path that exists as a whole is that path, whatever + and @ it holds; of `prior` and `mini` the directory is ./prior and ./mini. Beyond
 text: transformers models in memory, klbench policies, samplers and decodings, and objects that only draw.
 
@@ -26,7 +27,7 @@ from klbench import method
 from klbench.errors import UserError, unknown
 from klbench.method import AbstractBlend, AbstractDecoding, AbstractSampler, AbstractSteering
 from klbench.policies import adapters, causal_lm
-from klbench.policies.blended import Blended
+from klbench.policies.blended import Blended, emulated
 from klbench.policies.causal_lm import CausalLM
 from klbench.policies.passes import HALF
 from klbench.priors import SHIPPED, prior_path
@@ -34,6 +35,7 @@ from klbench.target import Drawer, Policy, WithoutDensity
 
 PRIOR: Final = "prior"
 SYSTEM: Final = "system"
+EMULATED: Final = "emulated"
 HUB: Final = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 Opened = Policy | AbstractSampler | AbstractSteering | WithoutDensity
@@ -42,12 +44,13 @@ Opened = Policy | AbstractSampler | AbstractSteering | WithoutDensity
 @final
 @dataclass(frozen=True)
 class Spec:
-    """A policy as text, taken apart. system: the prompt itself, not its file."""
+    """A policy as text, taken apart. system: the prompt itself, not its file.  untuned: what the base was tuned from, borrowed by the prior."""
 
     base: str
     adapter: str = ""
     decodings: tuple[AbstractDecoding | AbstractBlend, ...] = ()
     system: str | None = None
+    untuned: str = ""
 
     @classmethod
     def parse(cls, text: str, include: tuple[Path, ...] = ()) -> Spec:
@@ -63,8 +66,8 @@ class Spec:
         base, adapter = _parted(head, "+", lambda rest: Path(rest).exists())
         if (tail is not None and not tail) or (adapter is not None and not adapter) or not base:
             raise UserError(f"{text!r}: BASE[+ADAPTER][@DECODING,...] expected, with nothing empty")
-        decodings, system = _decodings(tail, include) if tail else ((), None)
-        return cls(base, adapter or "", decodings, system)
+        decodings, system, untuned = _decodings(tail, include) if tail else ((), None, "")
+        return cls(base, adapter or "", decodings, system, untuned)
 
 
 def _parted(text: str, mark: str, fits: Callable[[str], bool]) -> tuple[str, str | None]:
@@ -89,21 +92,26 @@ def _samplers(include: tuple[Path, ...]) -> list[str]:
 def _names_decoding(text: str, include: tuple[Path, ...]) -> bool:
     """Whether text starts with the name of a decoding."""
     name = re.split("[:,]", text, maxsplit=1)[0].replace("-", "_")
-    return name == SYSTEM or (name in _samplers(include) and isinstance(method.sampler(name, include), AbstractDecoding | AbstractBlend))
+    return name in (SYSTEM, EMULATED) or (name in _samplers(include) and isinstance(method.sampler(name, include), AbstractDecoding | AbstractBlend))
 
 
-def _decodings(text: str, include: tuple[Path, ...]) -> tuple[tuple[AbstractDecoding | AbstractBlend, ...], str | None]:
-    """Decodings in order, and the system prompt. A comma in the name of a file is one where no decoding's name follows."""
+def _decodings(text: str, include: tuple[Path, ...]) -> tuple[tuple[AbstractDecoding | AbstractBlend, ...], str | None, str]:
+    """Decodings in order, the system prompt and what is untuned. A comma in the name of a file is one where no decoding's name follows."""
     parts: list[str] = []
     for part in text.split(","):
-        if parts and parts[-1].startswith(f"{SYSTEM}:") and not _names_decoding(part, include):
+        if parts and parts[-1].startswith((f"{SYSTEM}:", f"{EMULATED}:")) and not _names_decoding(part, include):
             parts[-1] += f",{part}"
         else:
             parts.append(part)
     found: list[AbstractDecoding | AbstractBlend] = []
-    system = None
+    system, untuned = None, ""
     for part in parts:
         name, _, argument = part.partition(":")
+        if name == EMULATED:
+            if found or untuned or not argument:
+                raise UserError(f"{text!r}: emulated:SMALL expected, once and before other decodings")
+            untuned = argument
+            continue
         if name == SYSTEM:
             if system is not None:
                 raise UserError(f"{text!r}: one system prompt expected")
@@ -113,7 +121,7 @@ def _decodings(text: str, include: tuple[Path, ...]) -> tuple[tuple[AbstractDeco
         if not isinstance(made, AbstractDecoding | AbstractBlend):
             raise UserError(f"{part!r} draws from the prior by itself: it stands alone, not behind an @")
         found.append(made)
-    return tuple(found), system
+    return tuple(found), system, untuned
 
 
 def _system(file: str) -> str:
@@ -211,6 +219,8 @@ class _Hands:
     def text(self, spec: Spec) -> CausalLM:
         """Of text, taken apart."""
         if spec.base == PRIOR and not spec.adapter:
+            if spec.untuned:
+                raise UserError(f"{self.name}: name the tuned model before it, as in TUNED@emulated:{spec.untuned}")
             if any(isinstance(x, AbstractBlend) for x in spec.decodings):
                 raise UserError(f"{self.name}: a blend mixes a policy with the prior: name the policy, as in POLICY@realignment:0.5")
             return self._prior().prompted(self.name, spec.system, [x for x in spec.decodings if isinstance(x, AbstractDecoding)])
@@ -236,10 +246,13 @@ class _Hands:
             beside = folder if causal_lm.has_tokenizer(folder) else beside
         words, notes = self._words(beside, base)
         model = model.to(where).eval()
+        if spec.untuned:
+            untuned = self._untuned(spec.untuned, words)
+            model = Blended(emulated, EMULATED, model, untuned.to(where), self._prior().model).eval()
         for blend in (x for x in spec.decodings if isinstance(x, AbstractBlend)):
             if isinstance(spec.decodings[0], AbstractDecoding):
                 raise UserError(f"{self.name}: a blend mixes two models as they are: it comes before other decodings")
-            model = Blended(model, self._prior().model, blend).eval()
+            model = Blended(blend.law, repr(blend), model, self._prior().model).eval()
         decodings = tuple(x for x in spec.decodings if isinstance(x, AbstractDecoding))
         return causal_lm.settled(self.name, model, words, chat=self.chat, system=spec.system, decodings=decodings, notes=notes)
 
@@ -249,6 +262,17 @@ class _Hands:
         if not isinstance(self.prior, CausalLM):
             raise UserError(f"{self.name}: a decoding or adapter of the prior needs a causal language model, and the prior is none")
         return self.prior
+
+    def _untuned(self, base: str, words: Any) -> Any:
+        """The model that a small one was tuned from. Raises UserError unless it, the tuned one and the prior read the same ids."""
+        place = self._place(base)
+        theirs = {"the prior": self._prior().tokenizer}
+        if not Path(place).is_dir() or causal_lm.has_tokenizer(Path(place)):
+            theirs[base] = causal_lm.tokenizer_of(place, self.trust)
+        for whose, other in theirs.items():
+            if causal_lm.extra_words(words, other) is None:
+                raise UserError(f"{self.name}: {EMULATED} needs three models of one tokenizer, and that of {whose} is another")
+        return causal_lm.model_of(place, self.name, trust_remote_code=self.trust)
 
     def _base_of(self, folder: Path) -> str:
         """Where the base of an adapter is that was named without one."""
@@ -267,7 +291,7 @@ class _Hands:
         if "/" not in base and not Path(base).exists():
             if self.prior is None:
                 raise unknown("prior (nor a directory)", base, SHIPPED)
-            known = [*method.names("samplers"), *SHIPPED, PRIOR, SYSTEM]
+            known = [*method.names("samplers"), *SHIPPED, SYSTEM]
             raise unknown("model directory, hub name or sampler", base, known)
         return base
 

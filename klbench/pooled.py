@@ -11,6 +11,7 @@ score draws that are averaged here have no part in the choice. At most eight, so
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,8 @@ from typing import Any, Final, final
 import numpy as np
 import torch
 
+from klbench import archive, models
 from klbench import bank as banks
-from klbench import models
 from klbench import task as tasks
 from klbench.board import comparable, role
 from klbench.errors import UserError
@@ -71,7 +72,7 @@ def work(cell: PoolCell, report: Report) -> None:
     """Does one table, in a worker; its two files are on the disk when this returns."""
     torch.set_num_threads(1)  # figures must not depend on how many cores a machine has
     run = cell.records[0].run
-    task, prior = tasks.load(run.task), models.open_prior(run.prior, cell.device)
+    task, prior = tasks.load(run.task, cell.include), models.open_prior(run.prior, cell.device)
     target = task.target(prior, run.beta)
     prompts = cell.records[0].prompt_ids
     bank = banks.open_bank(task, prior, target, cell.out / "banks", run.score.prior_draws).first(len(prompts))
@@ -100,18 +101,18 @@ def work(cell: PoolCell, report: Report) -> None:
 
 def stored(path: Path, sheet: Sheet, name: str) -> Law:
     """A policy's draws as its samples file holds them, with what it said of them and of the bank. Raises UserError that names the file."""
+    parts = archive.arrays(path)
     try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
-            parts = {key: file[key] for key in file.files}
         tokens = torch.from_numpy(parts["tokens"].astype(np.int64))
         mask = torch.from_numpy(np.arange(tokens.shape[2]) < parts["length"][:, :, None])
         own, on_bank = (
             Rows(**{key: parts[f"{label}_{key}"].astype(np.float64) for key in Rows.__dataclass_fields__}) for label in ("own", "bank")
         )
-    except (OSError, ValueError, KeyError) as error:
+        texts = json.loads(parts["text"].tobytes())["texts"]
+    except (ValueError, KeyError, IndexError, TypeError) as error:
         raise UserError(f"{path}: not the samples of a run: {' '.join(str(error).split())[:200]}") from None
     sheet.laws[""].said[name] = on_bank
-    return Law(None, 0, Draws(tokens, mask, torch.zeros(0)), reward=own.reward, log_p0=own.log_p0, said={name: own})
+    return Law(None, 0, Draws(tokens, mask, torch.zeros(0)), texts, own.reward, own.log_p0, said={name: own})
 
 
 def said_file(sheet: Sheet, cell: PoolCell) -> bytes:

@@ -7,13 +7,11 @@ rank(q) = [1 + #{significantly better}, K − #{significantly worse}]
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.special import stdtr
 
 from klbench.estimate import BLOCKS, Array, Estimate, t_quantile
@@ -21,26 +19,28 @@ from klbench.estimate import BLOCKS, Array, Estimate, t_quantile
 LEVEL: Final = 0.95
 
 
-def holm(p: Sequence[float]) -> list[float]:
-    """Holm's adjusted p values: p̃_(i) = max_{j ≤ i} min(1, (m − j + 1) p_(j)), p_(1) ≤ ... ≤ p_(m).
+def holm(p: Sequence[float] | Array) -> Array:
+    """Holm's adjusted p values [m]: p̃_(i) = max_{j ≤ i} min(1, (m − j + 1) p_(j)), p_(1) ≤ ... ≤ p_(m).
 
     Holm 1979, Scand. J. Statist. 6, 65-70.
     """
-    adjusted, worst = [0.0] * len(p), 0.0
-    for place, i in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
-        worst = max(worst, min(1.0, (len(p) - place) * p[i]))
-        adjusted[i] = worst
+    given = np.asarray(p, dtype=np.float64)
+    order = np.argsort(given, kind="stable")
+    adjusted = np.empty_like(given)
+    adjusted[order] = np.maximum.accumulate(np.minimum(1.0, np.arange(len(given), 0, -1) * given[order]))
     return adjusted
 
 
-def paired_p(d: Array) -> float:
-    """Two-sided p of mean(d) = 0 by Student's t with P − 1 dof; d [P]. One prompt says nothing (1); equal policies do not differ (1)."""
-    if len(d) < 2 or float(np.abs(d).max()) < 1e-12:
-        return 1.0
-    stderr = float(d.std(ddof=1)) / math.sqrt(len(d))
-    if stderr <= 1e-12 * float(np.abs(d).max()):
-        return 0.0  # the same difference at each prompt, up to rounding
-    return float(2 * stdtr(len(d) - 1, -abs(float(d.mean())) / stderr))
+def paired_p(d: Array) -> Array:
+    """Two-sided p [...] of mean(d) = 0 by Student's t with P − 1 dof; d [..., P]. One prompt says nothing (1); equal policies do not
+    differ (1); the same difference at each prompt, up to rounding, is one (0)."""
+    prompts, most = d.shape[-1], np.abs(d).max(axis=-1)
+    if prompts < 2:
+        return np.ones(d.shape[:-1])
+    stderr = d.std(axis=-1, ddof=1) / math.sqrt(prompts)
+    flat = stderr <= 1e-12 * most
+    t = np.abs(d.mean(axis=-1)) / np.where(flat, 1.0, stderr)
+    return np.where(most < 1e-12, 1.0, np.where(flat, 0.0, 2 * stdtr(prompts - 1, -t)))
 
 
 def paired_difference(free_a: Array, stderr_a: Array, free_b: Array, stderr_b: Array) -> Estimate:
@@ -62,14 +62,13 @@ def paired_difference(free_a: Array, stderr_a: Array, free_b: Array, stderr_b: A
 def rank_ranges(free: Array, level: float = LEVEL) -> list[tuple[int, int]]:
     """[K] places (least, greatest) of K policies from free [K, P] nats, smaller being better; see the module's formula."""
     policies = len(free)
-    pairs = list(itertools.combinations(range(policies), 2))
-    better: NDArray[np.int64] = np.zeros(policies, dtype=np.int64)  # how many are significantly better
-    worse: NDArray[np.int64] = np.zeros(policies, dtype=np.int64)
-    for (a, b), p in zip(pairs, holm([paired_p(free[a] - free[b]) for a, b in pairs]), strict=True):
-        if p <= 1 - level:
-            first, second = (a, b) if free[a].mean() < free[b].mean() else (b, a)
-            better[second] += 1
-            worse[first] += 1
+    first, second = np.triu_indices(policies, 1)
+    p = [paired_p(free[k] - free[k + 1 :]) for k in range(policies - 1)]  # a row at a time: all pairs at once would be K²P numbers
+    differ = holm(np.concatenate(p) if p else np.zeros(0)) <= 1 - level
+    means = free.mean(axis=1)
+    lower = means[first] < means[second]
+    better = np.bincount(np.where(lower, second, first)[differ], minlength=policies)  # how many are significantly better
+    worse = np.bincount(np.where(lower, first, second)[differ], minlength=policies)
     return [(1 + int(better[k]), policies - int(worse[k])) for k in range(policies)]
 
 
@@ -84,7 +83,7 @@ def certain_bracket(free: Array, stderr: Array, others: Array, others_stderr: Ar
     dof = min((BLOCKS - 1) * prompts, 30)
     own = math.sqrt(float((stderr**2).sum())) / prompts
     low = 0.0
-    for other, error in zip(others, others_stderr, strict=True):
-        half = t_quantile(dof, 1 - (1 - LEVEL) / len(others)) * (own + math.sqrt(float((error**2).sum())) / prompts)
-        low = max(low, float((free - other).mean()) - half)
+    if len(others):
+        half = t_quantile(dof, 1 - (1 - LEVEL) / len(others)) * (own + np.sqrt((others_stderr**2).sum(axis=1)) / prompts)
+        low = max(low, float(((free - others).mean(axis=1) - half).max()))
     return low, None if cap is None else float((free + cap).mean()) + t_quantile(dof) * own

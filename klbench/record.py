@@ -48,12 +48,15 @@ Truth = Annotated[  # infinite ones are the words "inf" and "-inf" in JSON, as i
 
 
 class Strict(BaseModel):
-    """A frozen model in which an unknown key is an error.
-
-    LATER: fields that came after the first records. One at its default is not written, so that ids and hashes of older runs stand.
-    """
+    """A frozen model in which an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")  # left to `to_json`, which refuses them
+
+
+class Grown(Strict):
+    """A strict model with LATER, fields that came after the first records: one at its default is not written, so that ids and hashes of
+    older runs stand. Apart from Strict because a serializer in Python costs a record with fifty small parts a third of its hash."""
+
     LATER: ClassVar[tuple[str, ...]] = ()
 
     @model_serializer(mode="wrap")
@@ -65,14 +68,15 @@ class Strict(BaseModel):
         return data
 
 
-class Train(Strict):
+class Train(Grown):
     """How a policy is trained. lr: Adam's, falling linearly to a tenth; prompts x samples draws a step.
 
     search: multiples of lr, each trained for the same steps; the policy nearest on the dev split is kept (klbench/probe.py).
-    curve: how often reverse_kl and wasted_nats are measured on the way.
+    curve: how often reverse_kl and wasted_nats are measured on the way.  data: file of completions or pairs in place of prior draws
+    (klbench/offline.py); "" for none.  lora_rank: each linear layer W learns W + B A of this rank and the rest stands still; 0 trains all.
     """
 
-    LATER: ClassVar[tuple[str, ...]] = ("search", "curve")
+    LATER: ClassVar[tuple[str, ...]] = ("search", "curve", "data", "lora_rank")
 
     steps: int = Field(40, ge=0)
     prompts: int = Field(16, ge=1)
@@ -82,22 +86,26 @@ class Train(Strict):
     checkpoint_every: int = Field(20, ge=1)
     search: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = ()
     curve: int = Field(0, ge=0)
+    data: str = ""
+    lora_rank: int = Field(0, ge=0)
 
 
-class Score(Strict):
+class Score(Grown):
     """How a policy is scored, draws a prompt: `draws` of its own, `bank` prior draws scored under it; `prompts` 0 means all.
 
     prior_draws: length of the bank where none ships. truth: every figure is also summed over all outcomes, which must be few enough to list
-    (klbench/exact.py).
+    (klbench/exact.py). lm_eval: tasks of lm-eval that a policy is tried on, lm_eval_limit documents of each at most (klbench/harness).
     """
 
-    LATER: ClassVar[tuple[str, ...]] = ("truth", "prior_draws")
+    LATER: ClassVar[tuple[str, ...]] = ("truth", "prior_draws", "lm_eval", "lm_eval_limit")
 
     draws: int = Field(128, ge=16)
     bank: int = Field(128, ge=16)
     prompts: int = Field(0, ge=0)
     prior_draws: int = Field(512, ge=16)
     truth: bool = False
+    lm_eval: tuple[str, ...] = ()
+    lm_eval_limit: int | None = Field(None, ge=1)
 
 
 class Run(Strict):
@@ -143,7 +151,7 @@ class Sample(Strict):
     log_q: float | None
 
 
-class Record(Strict):
+class Record(Grown):
     """What came out of a run. Never changes when another policy joins the board.
 
     columns: DESIGN.md section 3.  prompts: per-prompt values, aligned with prompt_ids; `free` is KL(q||p0) - E_q[r]/beta, whose
@@ -187,6 +195,9 @@ class Record(Strict):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "the file"
+            if where == "schema_version":
+                given = str(first["input"])[:40]
+                raise UserError(f"{path}: {where}: a record of schema {given}; this klbench reads schema {SCHEMA}") from None
             raise UserError(f"{path}: {where}: {first['msg']}") from None
         except (UnicodeDecodeError, OSError) as error:
             raise UserError(f"{path}: cannot be read: {error}") from None
@@ -226,6 +237,26 @@ class Pooled:
         columns = {i: {k: e.to_json() for k, e in found.items()} for i, found in self.columns.items()}
         data = {"members": list(self.members), "hash": self.hash, "columns": columns, "prompts": self.prompts}
         write_atomically(path, (json.dumps(data, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
+
+
+CHECKED: Final = "checked.json"
+
+
+def checked_in(folder: Path) -> dict[str, str]:
+    """Of a board's folder, by run id the digest of each record that `klbench leaderboard check --mark` computed again from its samples.
+
+    {} where nothing was checked. Raises UserError that names the file.
+    """
+    path = folder / CHECKED
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(data, dict) or not all(isinstance(value, str) for value in data.values()):
+        raise UserError(f"{path}: digests by run id expected")
+    return data
 
 
 def pool_hash(members: Sequence[str], records: Sequence[Record]) -> str:

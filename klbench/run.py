@@ -16,7 +16,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from klbench import method, task
 from klbench.errors import UserError, unknown
 from klbench.executors import Executor, Failure, Report
-from klbench.record import Pooled, Record, Run, Score, write_atomically
+from klbench.included import standing
+from klbench.record import Pooled, Record, Run, Score, checked_in, write_atomically
 from klbench.suite import Suite, TaskEntry
 from klbench.suite import load as load_suite
 
@@ -95,7 +96,7 @@ def suite_of(
     spelled = {_plain(t): t for t in load_suite(name).tasks}
     wanted = [spelled.get(t, t) for t in dict.fromkeys(_plain(t) for t in tasks)]
     for given in wanted:
-        _loaded("task", given, task.load)
+        _loaded("task", given, lambda n: task.load(n, include))
     joining = [f"tasks.{t}={{}}" for t in wanted if _plain(t) not in spelled]
     suite = load_suite(name, [*joining, *settings])
     changes: dict[str, Any] = {}
@@ -103,7 +104,7 @@ def suite_of(
         changes["tasks"] = {t: suite.tasks[t] for t in wanted}
     chosen = list(objectives)
     if chosen:
-        every = _every_objective(include)
+        every = method.names("objectives", include)
         changes["objectives"] = list(dict.fromkeys(o for c in chosen for o in (every if c == "all" else [_plain(c)])))
     if seed is not None:
         changes["seeds"] = [seed + i for i in range(len(suite.seeds))]
@@ -115,10 +116,8 @@ def resolve(suite: Suite, include: tuple[Path, ...] = (), hashes: Hashes = hashe
 
     Every name is looked up before the first hash is taken. Raises UserError with the nearest name.
     """
-    for folder in include:
-        if not folder.is_dir():
-            raise UserError(f"--include {folder}: no such directory")
-    tasks = {name: _loaded("task", name, task.load) for name in suite.tasks}
+    standing(include)
+    tasks = {name: _loaded("task", name, lambda n: task.load(n, include)) for name in suite.tasks}
     objectives = list(dict.fromkeys(_plain(o) for o in suite.objectives))
     samplers = list(dict.fromkeys([PRIOR_ROW, *(_plain(s) for s in suite.samplers)]))
     for name in objectives:
@@ -127,7 +126,7 @@ def resolve(suite: Suite, include: tuple[Path, ...] = (), hashes: Hashes = hashe
         _loaded("sampler", name, lambda n: method.sampler(n, include))
     known = {*method.names("objectives"), *(path.stem for folder in include for path in folder.glob("*.py"))}
     for name in suite.methods:
-        if name not in known:  # settings of an objective nobody knows would be passed over in silence
+        if method.base(name) not in known:  # settings of an objective nobody knows would be passed over in silence
             raise unknown(f"objective (under methods of suite {suite.name})", name, known)
     if not tasks or not suite.seeds:
         raise UserError(f"suite {suite.name} names no {'seed' if tasks else 'task'}")
@@ -143,9 +142,9 @@ def resolve(suite: Suite, include: tuple[Path, ...] = (), hashes: Hashes = hashe
             hashes=hashes(loaded, suite.prior, beta, scores[name]),
         )  # fmt: skip
         for sampler in samplers:
-            runs.append(_changed(base, method=sampler, hashes={**base.hashes, **_file_hash(sampler.partition(":")[0], include)}))
+            runs.append(_changed(base, method=sampler, hashes={**base.hashes, **_file_hash(method.base(sampler), include)}))
         for objective in objectives:
-            found = {**base.hashes, **_file_hash(objective, include)}
+            found = {**base.hashes, **_file_hash(method.base(objective), include), **_data_hash(trains[name, objective].data)}
             for seed in suite.seeds:
                 runs.append(_changed(base, method=objective, kind="objective", seed=seed, train=trains[name, objective], hashes=found))
     return runs
@@ -194,24 +193,27 @@ def run_suite(
                 failures.append(Failure(run.id, "ended without a record"))
                 on_event({"phase": "notice", "text": f"{run.id}  failed: ended without a record"})
         failures += _pooled(records, suite.pool, out, include, where, executor, count, on_event)
-        board = publish(out, records, manifest_in(out), console, Pooled.all_in(out)) if records else None
+        board = publish(out, records, manifest_in(out), console, Pooled.all_in(out), checked_in(out)) if records else None
     return Outcome(records, failures, board)
 
 
 def publish(
-    out: Path, records: Sequence[Record], manifest: dict[str, Any], console: Console | None = None, pools: Sequence[Pooled] = ()
-) -> Board:
-    """Writes board.json, board.csv and index.html of these records into `out`, and prints the table where a console is given.
+    out: Path, records: Sequence[Record], manifest: dict[str, Any], console: Console | None = None, pools: Sequence[Pooled] = (),
+    checked: Mapping[str, str] | None = None,
+) -> Board:  # fmt: skip
+    """Writes board.json, board.csv and the pages (index.html, pages/) of these records into `out`; prints the table where a console is given.
 
     Raises UserError, before anything is written, where the records make no board.
     """
     from klbench.board import Board
+    from klbench.page import site
     from klbench.truths import render as render_truths
 
-    board = Board.of(records, manifest, pools)
+    board = Board.of(records, manifest, pools, checked)
     try:
         out.mkdir(parents=True, exist_ok=True)
         board.write(out)
+        site.write(board, out)
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror}") from None
     if console is not None:
@@ -412,30 +414,28 @@ def _changed(run: Run, **fields: Any) -> Run:
 
 
 def _plain(name: str) -> str:
-    return name.replace("-", "_")
+    """Hyphen equals underscore in a name; what stands behind a colon are values."""
+    head, colon, rest = name.partition(":")
+    return head.replace("-", "_") + colon + rest
 
 
 def _included(name: str, include: tuple[Path, ...]) -> Path | None:
     return next((path for folder in include if (path := folder / f"{name}.py").is_file()), None)
 
 
+def _data_hash(data: str) -> dict[str, str]:
+    """Of a file of training data, which decides what is learnt as much as the settings do. Raises UserError where there is none."""
+    if not data:
+        return {}
+    if not Path(data).is_file():
+        raise UserError(f"train.data {data}: no such file")
+    return {"data": hashlib.sha256(Path(data).read_bytes()).hexdigest()}
+
+
 def _file_hash(name: str, include: tuple[Path, ...]) -> dict[str, str]:
     """An included file may change between two runs under one name: its hash is part of what was asked."""
     path = _included(name, include)
     return {} if path is None else {"method": hashlib.sha256(path.read_bytes()).hexdigest()}
-
-
-def _every_objective(include: tuple[Path, ...]) -> list[str]:
-    """Built-in, installed and included ones; a file in an included folder that holds no objective is passed over."""
-    found = dict.fromkeys(method.names("objectives"))
-    for folder in include:
-        for path in sorted(folder.glob("*.py")):
-            try:
-                _loaded("objective", path.stem, lambda n: method.objective(n, include))
-            except UserError:
-                continue
-            found[path.stem] = None
-    return list(found)
 
 
 def _cores() -> int:

@@ -28,17 +28,19 @@ from numpy.typing import NDArray
 from klbench import bank as banks
 from klbench import estimate, exact, measure, method, models, pool, probe, streams, weights
 from klbench import task as tasks
-from klbench.audit import AbstractAudit, Chosen, Drawn
+from klbench.audit import Chosen, Drawn
 from klbench.bank import Bank
 from klbench.errors import UserError, unknown
 from klbench.estimate import BLOCKS, Array, Estimate, Jackknife
 from klbench.estimators import diversity, entropy, forgetting
 from klbench.estimators.control import bounded_mean, with_few
+from klbench.harness import kept
 from klbench.method import AbstractSampler, AbstractSteering, ClosedForm, RewardLaw, TiltedForm
 from klbench.policies.causal_lm import CausalLM
 from klbench.pool import Pool
 from klbench.priors import SHIPPED, prior_path
 from klbench.record import FrontierPoint, Record, Run, Sample, Score, digest, write_atomically
+from klbench.samplers.ancestral import Ancestral
 from klbench.sheet import NOT_DENSE, Law, Sheet
 from klbench.target import Drawer, Policy, TiltedPrior, evaluate
 from klbench.task import AbstractTask
@@ -65,6 +67,10 @@ def hashes(task: AbstractTask, prior: str, beta: float, score: Score) -> dict[st
         raise unknown("prior (nor a directory, nor owner/name on a hub)", prior, SHIPPED)
     ready = banks.shipped(task, prior)
     found["bank"] = file_hash(ready) if ready else f"drawn:{score.prior_draws}"
+    if code := tasks.code_hash(task):
+        found["task"] = code
+    if score.lm_eval:
+        found["lm_eval"] = kept.rests_on(score.lm_eval)
     return found
 
 
@@ -75,7 +81,7 @@ def file_hash(path: Path) -> str:
 
 def cell(run: Run, out: Path, report: Report, include: tuple[Path, ...] = (), device: str = "cpu") -> None:
     """Trains (where there is something to train) and scores one run; its record is the last thing written."""
-    task = tasks.load(run.task)
+    task = tasks.load(run.task, include)
     prior = models.open_prior(run.prior, device)
     assert isinstance(prior, CausalLM)
     target = task.target(prior, run.beta)
@@ -162,40 +168,53 @@ def score_run(
     sheet = Sheet(prior, target, prompts, bank.first(len(prompts)), run.score.bank, run.max_new_tokens)
     drawer = policy or models.open_policy(run.method, run.method, prior, include=include)
     sheet.add(OWN, drawer, run.score.draws, streams.seed(run.seed, f"score/{run.task}/{run.method}"))
+    record, data = told(run, task, sheet, include), samples_file(sheet)
+    truths: dict[str, float] = {}
+    if run.score.truth:
+        objective = method.objective(run.method, include) if run.kind == "objective" else None
+        truths = exact.truths(drawer, task, prior, target, prompts, run.max_new_tokens, objective, run.train.samples if run.train else 0)
+    known = {
+        "columns": {**record.columns, **_kept(run, drawer, prior)},
+        "curve": curve,
+        "cost": {**record.cost, "train_tokens": int(curve[-1]["tokens"]) if curve else 0},
+        "hashes": {"samples": hashlib.sha256(data).hexdigest(), "bank": bank.hash},
+        "truths": truths,
+    }
+    return record.model_copy(update=known), data
+
+
+def _kept(run: Run, drawer: object, prior: CausalLM) -> dict[str, Estimate]:
+    """Columns `lm_eval.*` of a trained policy and of the prior, where the run asks for them; a sampler has no model of its own."""
+    if not run.score.lm_eval or not isinstance(drawer, CausalLM) or not (run.kind == "objective" or drawer is prior):
+        return {}
+    return kept.kept(drawer, run.score.lm_eval, run.score.lm_eval_limit)
+
+
+def told(run: Run, task: AbstractTask, sheet: Sheet, include: tuple[Path, ...] = ()) -> Record:
+    """All that a sheet says of a run's policy; what only the run knows (its curve, hashes, exact values, training tokens) is not there."""
     columns, per_prompt = figures(sheet, OWN, task)
-    law, rows = sheet.laws[OWN], sheet.rows(OWN, OWN)
+    law, draws = sheet.laws[OWN], sheet.laws[OWN].reward.size
     if run.kind == "objective":
         own = own_kl(run, sheet, include)
         if own is not None:
             columns["own_kl"] = own
-    draws = rows.log_q.size
     cost = {
         "train_draws": _train_draws(run, task),
-        "train_tokens": int(curve[-1]["tokens"]) if curve else 0,
         "score_draws": draws,
         "prior_draws": law.prior_draws,
         "bank_draws": int(sheet.bank.reward.size),
     }
     cost["reward_calls"] = cost["train_draws"] + (law.prior_draws or draws)
-    data = samples_file(sheet)
-    truths: dict[str, float] = {}
-    if run.score.truth:
-        objective = method.objective(run.method, include) if run.kind == "objective" else None
-        truths = exact.truths(drawer, task, prior, target, prompts, run.max_new_tokens, objective, run.train.samples if run.train else 0)
-    record = Record(
+    return Record(
         run=run,
         status=columns["reverse_kl"].status,
         columns=columns,
-        prompt_ids=prompts,
+        prompt_ids=sheet.prompts,
         prompts={name: [float(x) for x in values] for name, values in per_prompt.items()},
-        frontier=frontier_of(sheet.bank, target, prompts),
+        frontier=frontier_of(sheet.bank, sheet.target, sheet.prompts),
         samples=examples(sheet),
-        curve=curve,
         cost=cost,
-        hashes={"samples": hashlib.sha256(data).hexdigest(), "bank": bank.hash},
-        truths=truths,
     )
-    return record, data
 
 
 def _train_draws(run: Run, task: AbstractTask) -> int:
@@ -251,35 +270,57 @@ def figures(
     if feature is not None:
         phi, wanted = feature
         columns["moments"] = replace(mean(evaluate(phi, prompts, law.texts), 1.0), reason=f"wanted: {wanted:g}")
-    columns |= diverse(law, sheet.prior)
-    columns |= of_target(bank, sheet.target, prompts, sheet.prior)
+    columns |= diverse(law, sheet.prior, diversity.at_cap(law.reward, sheet.tops) if feature is None else None)
+    if sheet.posterior is None:
+        sheet.posterior = of_target(bank, sheet.target, prompts, sheet.prior)
+    columns |= sheet.posterior
     columns |= audited(sheet, name, task)
     return {column: measure.bounded(column, figure) for column, figure in columns.items()}, per_prompt
 
 
 def audited(sheet: Sheet, name: str, task: AbstractTask) -> dict[str, Estimate]:
-    """Column `audit.NAME` of each of the task's audits."""
-    law, out = sheet.laws[name], {}
+    """Column `audit.NAME` of each of the task's audits. Audits of the same prompts share what was drawn of them and said of their texts."""
+    law = sheet.laws[name]
+    policy = sheet.prior if isinstance(law.policy, Ancestral) else law.policy  # the prior's own row, which answers like any policy
+    out: dict[str, Estimate] = {}
+    texts: dict[Any, list[list[str]]] = {}
+    log_q: dict[Any, Array] = {}
     for audit in task.audits():
         try:
-            out[audit.column] = _audited(audit, law, sheet)
+            if isinstance(audit, Drawn):
+                out[audit.column] = _of_draws(audit, policy, law, sheet, texts)
+            elif isinstance(audit, Chosen):
+                out[audit.column] = _of_texts(audit, policy, sheet, log_q)
         except UserError as error:  # its own prompts may not fit a stranger's model
             out[audit.column] = estimate.undefined(str(error))
     return out
 
 
-def _audited(audit: AbstractAudit, law: Law, sheet: Sheet) -> Estimate:
-    policy = law.policy
-    if isinstance(audit, Drawn):
-        if not audit.prompts:
-            return audit.of(sheet.prompts, law.texts)
-        if not isinstance(policy, Drawer) or isinstance(policy, AbstractSampler | AbstractSteering):
-            return estimate.undefined("a sampler draws for this task's own prompts alone")
-        return audit.measure(policy, sheet.length, law.size // 2, streams.seed(law.seed, f"audit/{audit.name}"))
-    assert isinstance(audit, Chosen)
+def _of_draws(audit: Drawn, policy: Any, law: Law, sheet: Sheet, texts: dict[Any, list[list[str]]]) -> Estimate:
+    if not audit.prompts:
+        return audit.of(sheet.prompts, law.texts)
+    if not isinstance(policy, Drawer) or isinstance(policy, AbstractSampler | AbstractSteering):
+        return estimate.undefined("a sampler draws for this task's own prompts alone")
+    if audit.prompts not in texts:
+        seed = streams.seed(law.seed, f"audit/{digest(audit.prompts)}")
+        texts[audit.prompts] = audit.texts(policy, sheet.length, law.size // 2, seed)
+    return audit.of(audit.prompts, texts[audit.prompts])
+
+
+def _of_texts(audit: Chosen, policy: Any, sheet: Sheet, log_q: dict[Any, Array]) -> Estimate:
     if isinstance(policy, NOT_DENSE) or not isinstance(policy, Policy) or not isinstance(sheet.prior, CausalLM):
         return estimate.undefined("it asks for probabilities of given texts, which this policy or its prior does not tell")
-    return audit.measure(policy, sheet.prior)
+
+    prior = sheet.prior
+
+    def said(by: Policy) -> Array:
+        key = by is prior, audit.prompts, audit.texts, audit.whole
+        if key not in log_q:
+            log_q[key] = audit.log_q(by, prior)
+        return log_q[key]
+
+    figure = audit.of(said(policy), None if audit.weights is None else said(prior))
+    return replace(figure, reason=f"of p* itself: {audit.of_posterior(sheet.target, prior).value:.3g}") if audit.whole else figure
 
 
 def _span(*seen: Array) -> float:
@@ -288,8 +329,8 @@ def _span(*seen: Array) -> float:
     return float(every.max() - every.min()) if every.size else 0.0
 
 
-def diverse(law: Law, prior: Policy) -> dict[str, Estimate]:
-    """Diversity of a policy's own draws."""
+def diverse(law: Law, prior: Policy, valid: NDArray[np.bool_] | None) -> dict[str, Estimate]:
+    """Diversity of a policy's own draws; valid [P, N]: of those that are good, where the reward says which are (no moment's does)."""
     assert law.draws is not None
     ends = _ends(prior)
     ids = [
@@ -300,6 +341,8 @@ def diverse(law: Law, prior: Policy) -> dict[str, Estimate]:
         for rows, masks in zip(law.draws.tokens, law.draws.mask, strict=True)
     ]
     out = {f"distinct_{n}": diversity.distinct(ids, n) for n in (1, 2, 3, 4)}
+    if valid is not None:
+        out["unique_valid"] = diversity.unique(ids, valid)
     return {**out, "unique": diversity.unique(ids), "self_bleu": diversity.self_bleu(law.texts)}
 
 
@@ -350,7 +393,12 @@ def of_target(bank: Bank, target: TiltedPrior, prompts: Sequence[str], prior: Po
     least = int(accept.sum(1).min())
     ids = [rows[:ACCEPTED] for rows in bank.token_lists(accept, _ends(prior))]
     even = [rows[: min(map(len, ids))] for rows in ids]
-    for name, figure in (("distinct_2_target", partial(diversity.distinct, n=2)), ("unique_target", diversity.unique)):
+    shapes: dict[str, Callable[..., Estimate]] = {"distinct_2_target": partial(diversity.distinct, n=2), "unique_target": diversity.unique}
+    valid = diversity.at_cap(bank.reward, tops) if bank.feature is None else None
+    if valid is not None:
+        good = [row[keep][: len(even[0])] for row, keep in zip(valid, accept, strict=True)]
+        shapes["unique_valid_target"] = partial(diversity.unique, valid=np.stack(good))
+    for name, figure in shapes.items():
         out[name] = figure(even) if known and least >= diversity.SET else estimate.undefined("too few bank draws are accepted", n=least)
     return out
 

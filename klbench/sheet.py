@@ -23,7 +23,7 @@ from torch import Tensor
 from klbench import estimate, streams
 from klbench.bank import Bank
 from klbench.errors import UserError
-from klbench.estimate import Array
+from klbench.estimate import Array, Estimate
 from klbench.method import AbstractSampler, AbstractSteering, RewardLaw
 from klbench.models import Opened
 from klbench.policies.causal_lm import CausalLM, token_laws
@@ -69,6 +69,7 @@ class Sheet:
     def set_bank(self, bank: Bank, scored: int) -> None:
         """A longer bank that begins with the present one, or more of it scored."""
         old = self.laws.get("")
+        self.posterior: dict[str, Estimate] | None = None  # its own figures, the same for every policy (klbench.score.of_target)
         self.bank, n0 = bank, min(scored, bank.reward.shape[1])
         tokens, mask = torch.from_numpy(bank.tokens[:, :n0]).long(), torch.from_numpy(bank.mask[:, :n0])
         self.laws[""] = Law(

@@ -9,13 +9,13 @@ all pairs of a table. One seed says something about a checkpoint, not about a me
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, final
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.stats import ttest_ind_from_stats
 
 from klbench.estimate import Array, Estimate, t_quantile
@@ -53,16 +53,17 @@ def standings(records: Sequence[Record], columns: dict[str, dict[str, Estimate]]
             settings = record.run.train.model_dump() if record.run.train else None
             groups.setdefault(digest([record.run.method, settings, record.run.score.model_dump()]), []).append(record)
     whole = [sorted(group, key=lambda r: r.run.seed) for group in groups.values() if len({r.run.seed for r in group}) >= SEEDS]
-    places = _places([np.array([free[r.run.id].mean() for r in group]) for group in whole])
+    ids = [[r.run.id for r in group] for group in whole]  # an id is a hash: each is made once
+    places = _places([np.array([free[i].mean() for i in own]) for own in ids])
     found = [
         Standing(
             group[0].run.method,
             tuple(r.run.seed for r in group),
-            _over_seeds([columns[r.run.id] for r in group]),
+            _over_seeds([columns[i] for i in own]),
             place,
             _curve(group),
         )
-        for group, place in zip(whole, places, strict=True)
+        for group, own, place in zip(whole, ids, places, strict=True)
     ]
     return tuple(sorted(found, key=lambda s: (_value(s, "reverse_kl"), s.method)))
 
@@ -97,25 +98,27 @@ def over_seeds(figures: Sequence[Estimate]) -> Estimate:
 
 def _places(free: Sequence[Array]) -> list[tuple[int, int]]:
     """Least and greatest place of each method from its seeds' free energies [S]."""
-    pairs = list(itertools.combinations(range(len(free)), 2))
-    tests = [_welch(free[a], free[b]) for a, b in pairs]
-    better, worse = [0] * len(free), [0] * len(free)
-    for (a, b), p in zip(pairs, holm(tests), strict=True):
-        if p <= 1 - LEVEL:
-            first, second = (a, b) if free[a].mean() < free[b].mean() else (b, a)
-            better[second] += 1
-            worse[first] += 1
-    return [(1 + better[k], len(free) - worse[k]) for k in range(len(free))]
+    first, second = np.triu_indices(len(free), 1)
+    means = np.array([x.mean() for x in free])
+    differ = holm(_welch(free, first, second)) <= 1 - LEVEL
+    lower = means[first] < means[second]
+    better = np.bincount(np.where(lower, second, first)[differ], minlength=len(free))
+    worse = np.bincount(np.where(lower, first, second)[differ], minlength=len(free))
+    return [(1 + int(better[k]), len(free) - int(worse[k])) for k in range(len(free))]
 
 
-def _welch(a: Array, b: Array) -> float:
-    """Two-sided p of equal means; infinite free energies differ from finite ones and not from each other."""
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        return 1.0 if np.isfinite(a).all() == np.isfinite(b).all() else 0.0
-    if max(a.std(), b.std()) <= 1e-12 * max(1.0, abs(float(a.mean()))):
-        return 1.0 if np.isclose(a.mean(), b.mean(), rtol=1e-9) else 0.0
-    found = ttest_ind_from_stats(a.mean(), a.std(ddof=1), len(a), b.mean(), b.std(ddof=1), len(b), equal_var=False)
-    return float(found.pvalue)
+def _welch(free: Sequence[Array], first: NDArray[np.intp], second: NDArray[np.intp]) -> Array:
+    """Two-sided p of equal means for pairs of methods; infinite free energies differ from finite ones and not from each other."""
+    finite = np.array([np.isfinite(x).all() for x in free], dtype=bool)
+    mean, sd = (np.array([f(x) if ok else 0.0 for x, ok in zip(free, finite, strict=True)]) for f in (np.mean, lambda x: np.std(x, ddof=1)))
+    seeds = np.array([len(x) for x in free])
+    a, b = (mean[first], sd[first], seeds[first]), (mean[second], sd[second], seeds[second])
+    flat = np.maximum(a[1], b[1]) <= 1e-12 * np.maximum(1.0, np.abs(a[0]))  # seeds that agree up to rounding
+    spread = np.where(flat, 1.0, a[1])  # any: not looked at
+    p = np.asarray(ttest_ind_from_stats(a[0], spread, a[2], *b, equal_var=False).pvalue)
+    p = np.where(flat, np.where(np.isclose(a[0], b[0], rtol=1e-9), 1.0, 0.0), p)
+    both, neither = finite[first] & finite[second], ~finite[first] & ~finite[second]
+    return np.where(both, p, np.where(neither, 1.0, 0.0))
 
 
 def _curve(group: Sequence[Record]) -> tuple[tuple[float, float, float], ...]:

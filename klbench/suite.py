@@ -26,9 +26,12 @@ class TaskEntry(Strict):
 
 
 class Suite(Strict):
-    """The grid. `methods` overrides train settings by objective, `tasks` by task; the method's word is last.
+    """The grid. `methods` overrides train settings by objective, `tasks` by task; the method's word is last. An objective with settings of
+    its own, `rebel:huber=0.7`, takes those of its name unless it has a line itself.
 
     pool: trained policies, at most, whose draws stand behind every figure of a table (klbench/pooled.py); 0 for none.
+    lm_eval: tasks of lm-eval for every trained policy and for the prior, lm_eval_limit documents of each at most; a task may name its own
+    among its score settings.
     """
 
     name: str = Field(pattern=r"^[a-z0-9_]+$")
@@ -41,11 +44,13 @@ class Suite(Strict):
     train: Train = Train()
     score: Score = Score()
     pool: int = Field(8, ge=0, le=8)
+    lm_eval: list[str] = Field(default_factory=list)
+    lm_eval_limit: int | None = Field(None, ge=1)
     methods: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
     def train_of(self, task: str, objective: str) -> Train:
         """Settings of one cell: the suite's, then the task's, then the method's. Raises UserError on an unknown key."""
-        own = self.methods.get(objective, {})
+        own = self.methods.get(objective, self.methods.get(objective.partition(":")[0], {}))
         by_task = own.get("tasks", {}).get(task, {})
         return merged(
             self.train,
@@ -57,7 +62,8 @@ class Suite(Strict):
 
     def score_of(self, task: str) -> Score:
         """Scoring of one task: the suite's, then the task's."""
-        return merged(self.score, f"score settings of {task}", self.tasks[task].score)
+        kept = {"lm_eval": tuple(self.lm_eval), "lm_eval_limit": self.lm_eval_limit}
+        return merged(self.score, f"score settings of {task}", {k: v for k, v in kept.items() if v}, self.tasks[task].score)
 
 
 def merged(model: M, where: str, *changes: dict[str, Any]) -> M:

@@ -10,7 +10,6 @@ import random
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +83,6 @@ def records() -> list[Record]:
     ]
 
 
-def page_of(records: list[Record], tmp_path: Path) -> str:
-    Board.of(records).page(tmp_path / "index.html")
-    return (tmp_path / "index.html").read_text(encoding="utf-8")
-
-
 def plain_lines(records: list[Record]) -> list[str]:
     out = io.StringIO()
     Board.of(records).render(Console(file=out, width=40, color_system=None))
@@ -158,12 +152,11 @@ def test_only_the_uncertified_row_has_a_bracket(records: list[Record]) -> None:
         (exactly(0.0), False),
     ],
 )
-def test_above_the_frontier(wasted: Estimate, beyond: bool, tmp_path: Path) -> None:
+def test_above_the_frontier(wasted: Estimate, beyond: bool) -> None:
     records = [record("a", [0.1, 0.2], columns={"wasted_nats": wasted}), record("b", [0.1, 0.2])]
     made = Board.of(records)
     assert [r.label for r in made.above_frontier()] == (["a"] if beyond else [])
     assert len(json.loads(made.to_json())["above_frontier"]["ids"]) == int(beyond)
-    assert ("Beyond the frontier" in page_of(records, tmp_path)) == beyond
 
 
 def test_frontier_is_solid_dashed_and_absent() -> None:
@@ -244,93 +237,15 @@ def test_a_terminal_table_never_breaks_a_row(records: list[Record], width: int) 
     assert ("distinct-2" in lines[1]) == (width == 160)
 
 
-# --- page ---
-
-
-class Reader(HTMLParser):
-    """Tags, ids and what would be asked of a network."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.ids: list[str] = []
-        self.asked: list[str] = []
-        self.titles: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        for key, value in attrs:
-            assert not key.startswith("on"), key
-            if key == "id":
-                self.ids.append(value or "")
-            if key == "title":
-                self.titles.append(value or "")
-            if key in ("src", "href", "xlink:href", "action", "data"):
-                self.asked.append(value or "")
-
-
-def test_page_stands_alone(records: list[Record], tmp_path: Path) -> None:
-    text = page_of(records, tmp_path)
-    reader = Reader()
-    reader.feed(text)
-    assert reader.tags.count("svg") == 4  # the plane and three training curves
-    assert "script" not in reader.tags and "foreignobject" not in reader.tags
-    assert len(reader.ids) == len(set(reader.ids))
-    assert reader.asked and all(a == "data:," or (a.startswith("#") and a[1:] in reader.ids) for a in reader.asked)
-    assert not re.search(r"@import|url\((?!#)", text)
-    assert any(t.startswith("KL(q‖p*) = ") for t in reader.titles)
-    assert "prefers-color-scheme: dark" in text and 'name="viewport"' in text and "#00000" not in text
-
-
-def test_page_marks_what_is_not_certified(records: list[Record], tmp_path: Path) -> None:
-    text = page_of(records, tmp_path)
-    row = re.search(r'<tr class="objective is-uncertified">.*?</tr>', text, re.S)
-    assert row and "0.500" in row[0] and ">?<" in row[0] and ">uncertified<" in row[0] and re.search(r"in 0\.3\d\d … \d", row[0])
-    assert re.search(r'<tr class="target is-exact">.*?the posterior.*?</tr>', text, re.S)
-    assert text.count('class="status uncertified"') == 3  # in the table, at its fold and in the glossary
-
-
-def test_a_missing_column_is_an_en_dash(records: list[Record], tmp_path: Path) -> None:
-    assert "held-out" not in page_of(records, tmp_path).split('id="columns"')[0]
-    columns = {**records[0].columns, "gold": certified(0.77)}
-    text = page_of([records[0].model_copy(update={"columns": columns}), *records[1:]], tmp_path)
-    rows = re.findall(r'<tr class="(?:objective|target|null) .*?</tr>', text, re.S)
-    assert len(rows) == 5 and sum("0.770" in row for row in rows) == 1
-    assert all(('<td class="figure">–</td>' in row) == ("0.770" not in row) for row in rows)
-
-
-def test_harmful_text_is_shown_and_not_run(tmp_path: Path) -> None:
-    texts = [("<script>alert(1)</script>", "\x1b[2J</p><img src=x onerror=alert(2)>"), ("שלום\u202e", "x" * 1_000_000)]
-    samples = [Sample(prompt=prompt, completion=text, reward=0.0, log_p0=-1.0, log_q=-2.0) for prompt, text in texts]
-    name = '"><img src=y onerror=alert(3)>'
-    harm = record("<b>$m_1</b>", [0.1, 0.2], task=name, samples=samples, notes=["<i>note"], cost={"<u>": "<s>"})
-    text = page_of([harm], tmp_path)
-    reader = Reader()
-    reader.feed(text)
-    assert {"script", "img", "u", "s"} & set(reader.tags) == set()
-    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text and "&lt;img src=y" in text
-    assert not {"\x1b", "\u202e"} & set(text)
-    assert len(text) < 200_000 and "998,800 characters more" in text
-    assert "$m_1" in text.split("<svg")[1]  # no formula is made of a name
-
-
-def test_manifest_and_command_are_in_the_footer(records: list[Record], tmp_path: Path) -> None:
-    manifest = {"command": ["klbench", "run", "quick"], "seeds": [0, 1], "versions": {"torch": "2.9"}, "machine": {"host": "secret"}}
-    Board.of(records, manifest).page(tmp_path / "index.html")
-    footer = (tmp_path / "index.html").read_text(encoding="utf-8").split("<footer")[1]
-    assert "klbench run quick</code>" in footer and "<dt>versions.torch</dt><dd>2.9</dd>" in footer and "<dd>0, 1</dd>" in footer
-    assert "secret" not in footer
-
-
 def test_the_same_records_give_the_same_bytes(records: list[Record], tmp_path: Path) -> None:
     shuffled = list(records)
     random.Random(1).shuffle(shuffled)
     assert shuffled != records
     Board.of(records).write(tmp_path / "a")
     Board.of(shuffled).write(tmp_path / "b")
-    names = ["board.csv", "board.json", "index.html"]
+    names = ["board.csv", "board.json"]
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == names
-    assert [(tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / n).read_bytes() for n in names] == [True] * 3
+    assert [(tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / n).read_bytes() for n in names] == [True] * 2
 
 
 # --- reading ---

@@ -243,7 +243,9 @@ def test_a_rewardless_mode_makes_only_what_reads_it_infinite(models: dict[str, C
 def test_a_policy_without_density_has_the_targets_figures_alone(table: Callable[..., Tabular]) -> None:
     prior = table(LAWS["p0"])
     out = exact.truths(WithoutDensity(prior, "a test"), a_task(), prior, TiltedPrior(prior, length_of, BETA, 1.0), PROMPTS[:1], 3)
-    assert set(out) == {"log_z", "reward_target", "kl_prior_target", "entropy_target", "distinct_2_target", "unique_target"}
+    assert set(out) == {
+        *("log_z", "reward_target", "kl_prior_target", "entropy_target", "distinct_2_target", "unique_target", "unique_valid_target")
+    }
 
 
 # Samplers: the law of the reward is exact

@@ -24,11 +24,16 @@ FLOORS: dict[str, float] = {
     "klbench.measure": 0.1,
     "klbench.rows": 0.1,
     "klbench.ranks": 0.1,  # paired differences and certain brackets, from per-prompt arrays
+    "klbench.archive": 0,  # npz files of strangers
     "klbench.streams": 0,
+    "klbench.included": 0,  # code of users by path, for the two contracts
     "klbench.batch": 0,
     "klbench.suites": 0,  # YAML files
+    "klbench.templates": 0,  # what `klbench new` writes
     "klbench.truths": 1.5,  # estimates beside exact values, below board
-    "klbench.page": 1.5,  # templates and figures of a board's page, below board
+    "klbench.page": 1.5,  # templates and figures of a board's pages, below board
+    "klbench.page.views": 2.1,  # a board as plain data
+    "klbench.page.site": 2.2,  # and as files
     "klbench.record": 1,
     "klbench.target": 1,
     "klbench.weights": 1,
@@ -46,7 +51,15 @@ FLOORS: dict[str, float] = {
     "klbench.policies": 2.8,  # below bank, which draws from them
     "klbench.policies.passes": 2.7,  # rows of ids to logits; causal_lm makes a law of them
     "klbench.rewards": 3,
-    "klbench.priors": 3,
+    "klbench.rewards.calling": 2.85,  # the two ways in which a reward is called
+    "klbench.rewards.null": 2.9,
+    "klbench.rewards.classifier": 2.9,
+    "klbench.rewards.measurement": 2.9,
+    "klbench.rewards.hashed": 2.9,
+    "klbench.rewards.hidden_states": 2.9,
+    "klbench.rewards.trained": 2.95,  # reads what training wrote
+    "klbench.rewards.training": 4.6,  # measures with reward_eval
+    "klbench.priors": 2.8,  # names and folders
     "klbench.objectives": 3,
     "klbench.samplers": 3,
     "klbench.samplers.smc": 2.8,  # the filter that other steerings run
@@ -56,11 +69,16 @@ FLOORS: dict[str, float] = {
     "klbench.sheet": 3.7,
     "klbench.models": 3.5,  # priors and policies from what users write
     "klbench.exact": 3.2,  # sums over every outcome
+    "klbench.offline": 3,  # training data from a file
     "klbench.train": 4,
     "klbench.probe": 4.1,  # a few draws on the way
+    "klbench.harness": 4,  # lm-eval's figures of a policy, below score
+    "klbench.harness.tasks": 3.8,  # klbench's tasks as lm-eval's
+    "klbench.harness.earned": 3.8,
     "klbench.score": 4.2,  # a cell is trained, then scored
     "klbench.pooled": 4.3,  # scored policies are pooled
     "klbench.laws": 4,
+    "klbench.task_checks": 4,
     "klbench.convergence": 4.05,  # where training ends, by the laws' tables
     "klbench.gate": 4,
     "klbench.progress": 4,
@@ -79,9 +97,30 @@ FLOORS: dict[str, float] = {
     "klbench.claims.contract": 4.1,
     "klbench.claims.toys": 4.1,
     "klbench.claims.report": 4.6,
+    "klbench.metrics": 5,  # metric modules of the library evaluate
+    "klbench.metrics.answering": 4.9,  # what they share
     "klbench.reward_eval": 5,
+    "klbench.reward_eval.intervals": 4.1,  # each reads the ones above it
+    "klbench.reward_eval.ranking": 4.2,
+    "klbench.reward_eval.calibration": 4.2,
+    "klbench.reward_eval.functional": 4.2,
+    "klbench.reward_eval.association": 4.2,
+    "klbench.reward_eval.sharpness": 4.2,
+    "klbench.reward_eval.validation": 4.3,
+    "klbench.reward_eval.over_optimisation": 4.3,
+    "klbench.reward_eval.board": 4.4,
+    "klbench.reward_eval.cards": 4.5,
+    "klbench.reward_eval.plots": 4.5,
+    "klbench.reward_eval.report": 5.2,  # writes to the terminal
     "klbench.api": 5,
     "klbench.terminal": 5.1,
+    "klbench.recompute": 5.2,  # a board from its samples
+    "klbench.submission": 5.3,  # records of strangers, recomputed before they join a board
+    "klbench.export": 5,  # formats of other tools, one a file
+    "klbench.export.every_eval_ever": 3,
+    "klbench.export.harness": 3,
+    "klbench.export.hugging_face": 3,
+    "klbench.export.markdown": 3,
     "klbench.commands": 5.5,  # one file a command
     "klbench.cli": 6,
     "klbench": 7,  # the front door names what users import; below it the package itself is read for its version alone

@@ -100,6 +100,7 @@ def test_only_what_holds_the_posterior_is_guarded() -> None:
         "forgetting",
         "moments",
         "unique",
+        "unique_valid",
         "self_bleu",
         *(f"distinct_{n}" for n in (1, 2, 3, 4)),
     }

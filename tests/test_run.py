@@ -110,7 +110,7 @@ def include(tmp_path: Path) -> tuple[Path, ...]:
 
 @pytest.fixture(autouse=True)
 def toys(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(name: str) -> ToyTask:
+    def load(name: str, include: tuple[Path, ...] = ()) -> ToyTask:
         if name not in ("toy_a", "toy_b", "toy_c"):
             raise UserError(f"no task {name!r}")
         return ToyTask(name)
@@ -382,7 +382,7 @@ from pathlib import Path
 sys.path.insert(0, {here!r})
 import test_run
 from klbench import task
-task.load = test_run.ToyTask
+task.load = lambda name, include=(): test_run.ToyTask(name)
 if __name__ == "__main__":
     test_run.go(Path({folder!r}), (Path({plugins!r}),), executor=test_run.execute)
 """

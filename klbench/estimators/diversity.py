@@ -15,11 +15,13 @@ from dataclasses import replace
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from klbench.estimate import Array, Estimate, Jackknife, undefined
 from klbench.estimators.control import with_few
 
 SET: Final = 16
+CAP: Final = 1e-6  # of a ceiling, as float32 keeps rewards
 LEAST: Final = 10  # n-grams of a prompt in all
 
 Tokens = Sequence[Sequence[int]]
@@ -74,10 +76,18 @@ def distinct(draws: Sequence[Tokens], n: int) -> Estimate:
     return _ratio(np.array(top, np.float64), np.array(bottom, np.float64), size)
 
 
-def unique(draws: Sequence[Tokens]) -> Estimate:
-    """Share of different draws in a set."""
+def at_cap(reward: Array, tops: Array) -> NDArray[np.bool_] | None:
+    """[P, N] whether each draw earns all that its prompt can give; None where no ceiling was declared."""
+    if not np.isfinite(tops).all():
+        return None
+    return np.asarray(reward >= (tops - CAP * np.maximum(1.0, np.abs(tops)))[:, None])
+
+
+def unique(draws: Sequence[Tokens], valid: NDArray[np.bool_] | None = None) -> Estimate:
+    """Different draws / draws of a set; valid [P, N]: only draws marked there are counted above the line (quality-gated diversity)."""
     size = _rectangle(draws)
-    top = [[len({tuple(p[i]) for i in members}) for members in _sets(p)] for p in draws]
+    counted = np.ones((len(draws), size // len(draws)), bool) if valid is None else valid
+    top = [[len({tuple(p[i]) for i in members if keep[i]}) for members in _sets(p)] for p, keep in zip(draws, counted, strict=True)]
     seen = np.array(top, np.float64)
     return _ratio(seen, np.full_like(seen, SET), size)
 

@@ -45,6 +45,18 @@ class GRPOGuard(AbstractObjective):
         drift = (raw.sum(1, keepdim=True) - raw).detach() / others.clamp(min=1)
         return (raw - drift) * batch.mask
 
+    def watched(self, batch: Batch) -> dict[str, float]:
+        """What the paper plots: mean ratio before and after the drift is taken out, and the shares of tokens that meet either clip."""
+        assert batch.old_log_q is not None
+        raw, centred = (batch.log_q - batch.old_log_q).detach().exp(), self.log_ratio(batch).detach().exp()
+        mean = lambda x: float(x[batch.mask].float().mean())  # noqa: E731
+        return {
+            "ratio": mean(raw),
+            "ratio_centred": mean(centred),
+            "clipped_low": mean(centred < 1 - self.clip),
+            "clipped_high": mean(centred > 1 + self.clip),
+        }
+
     def loss(self, batch: Batch, beta: float) -> Tensor:
         """Scalar, reward units. Reads log_q, old_log_q, log_p0 [P, K, T], reward [P, K]. ValueError when K < 2 or without old_log_q."""
         draws = batch.reward.shape[1]

@@ -11,6 +11,8 @@ Optimum: its own, p0(.|S=1); beta is not read. With the last policy's draws in p
 steps, which the paper takes, tend to right answers alone in proportions that their path decides. Prior draws pin them to the prior's.
 Source: Chen et al. 2025, arXiv:2505.18116 (omega 1 - p, eps 1, log R cut at 10).  Pitfalls: the paper's ratio is per token, exact only for
 one; here it is the answer's. No wrong answer keeps any mass at the optimum, so KL(q || own) is infinite on the way.
+Switch least_spread: groups whose sqrt(p (1 - p)) is at or below it are left out too (Edit-R1, Li et al. 2025, arXiv:2510.16888), the others
+count as before, and the optimum stays where it is.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import torch
 from torch import Tensor
 
 from klbench.batch import Batch
-from klbench.errors import unknown
+from klbench.errors import UserError, unknown
 from klbench.estimate import Array
 from klbench.method import AbstractObjective, RewardLaw
 
@@ -34,11 +36,12 @@ OMEGA: Final[dict[str, Callable[[Tensor], Tensor]]] = {"dr_grpo": lambda p: 1 - 
 @final
 @dataclass(frozen=True)
 class NFT(AbstractObjective):
-    """omega: dr_grpo or grpo.  floor: eps.  most: log R of a wrong draw counts up to here."""
+    """omega: dr_grpo or grpo.  floor: eps.  most: log R of a wrong draw counts up to here.  least_spread: see above."""
 
     omega: str = "dr_grpo"
     floor: float = 1.0
     most: float = 10.0
+    least_spread: float = 0.0
 
     optimum: ClassVar[str] = "own"
     source: ClassVar[str] = "arXiv:2505.18116"
@@ -48,6 +51,10 @@ class NFT(AbstractObjective):
     def __post_init__(self) -> None:
         if self.omega not in OMEGA:
             raise unknown("omega of nft", self.omega, OMEGA)
+        if not 0 <= self.least_spread < 0.5:
+            raise UserError(
+                f"nft: least_spread is a standard deviation of right and wrong, 0 or more and below .5, got {self.least_spread}"
+            )
 
     def loss(self, batch: Batch, beta: float) -> Tensor:
         """Scalar, nats. Reads log_q, log_p0 [P, K, T], reward [P, K], top [P]. Raises ValueError when K < 2."""
@@ -58,7 +65,7 @@ class NFT(AbstractObjective):
 
     def _of(self, log_ratio: Tensor, right: Tensor, p: Tensor) -> Tensor:
         """The loss of each draw."""
-        mixed = (p > 0) & (p < 1)
+        mixed = (p * (1 - p)).sqrt() > self.least_spread
         p = torch.where(mixed, p, 0.5)
         wrong = (1 - p * log_ratio.clamp(max=self.most).exp()) / (1 - p)
         log_wrong = wrong.clamp(min=self.floor).log() - (self.floor - wrong).relu() / self.floor

@@ -4,6 +4,8 @@
     loss = mean_pk e_pk^2,    y ~ q held fixed
     E[grad loss] = 2 grad KL(q || p*)  for every z;    d loss / d log z_p = 2 mean_k e_pk
 
+    huber d > 0:  e^2 where |e| <= d, d (2 |e| - d) beyond: one corrupted reward pulls with a bounded force
+
 log z_p = start_p + learned_p: at a prompt's first visit the start is the mean of -(log q/p0 - r/beta) over the group's other draws,
 at later ones over that whole first group, so that early steps are not spent on the constant; what is learned begins at 0.
 Optimum: the target p*, with e = 0.  Source: Malkin et al. 2022, arXiv:2201.13259 (a larger rate for log z: 0.1, Adam).
@@ -19,15 +21,24 @@ import torch
 from torch import Tensor
 
 from klbench.batch import Batch
+from klbench.errors import UserError
 from klbench.method import AbstractStatefulObjective, State
 
 
 @final
 @dataclass(frozen=True)
 class TrajectoryBalance(AbstractStatefulObjective):
+    """huber: d, nats; 0 switches it off. With it log z is more than a baseline, and the gradient that of KL(q || p*) near p* alone."""
+
+    huber: float = 0.0
+
     optimum: ClassVar[str] = "target"
     source: ClassVar[str] = "arXiv:2201.13259"
     state_lr: ClassVar[float] = 0.1
+
+    def __post_init__(self) -> None:
+        if not self.huber >= 0:
+            raise UserError(f"trajectory_balance: huber is a distance, 0 for none, got {self.huber}")
 
     def init(self, prompts: int, width: int) -> State:
         """log_z [prompts]: the learned part, trained; start [prompts]: the part fixed at the first visit; seen [prompts]: draws."""
@@ -48,6 +59,9 @@ class TrajectoryBalance(AbstractStatefulObjective):
         new = {"log_z": state["log_z"], "start": state["start"].clone(), "seen": state["seen"].clone()}  # the trained leaf stays itself
         new["start"][batch.prompt] = torch.where(first, mean, state["start"][batch.prompt])
         new["seen"][batch.prompt] += draws
+        if self.huber:
+            near = error.abs().clamp(max=self.huber)
+            return (near * (2 * error.abs() - near)).mean(), new
         return (error**2).mean(), new
 
     def stated(self, log_q: Tensor, log_p0: Tensor, reward: Tensor, beta: float, draws: int) -> Tensor:

@@ -18,7 +18,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.transforms import Bbox
+from matplotlib.transforms import IdentityTransform
 
 # Colours nobody would choose: each is exchanged for the CSS variable beside it, and so follows light and dark.
 INK: Final = "#000001"
@@ -113,9 +113,10 @@ def least_kl(frontier: Sequence[Point], reward: float) -> float | None:
 def plane(places: Sequence[Place], frontier: Sequence[Point], name: str) -> str:
     """The reward-KL plane: frontier with its band, each policy with error bars, and its wasted nats as the drop to the curve."""
     with mpl.rc_context(STYLE):
-        fig = Figure(figsize=(9.6, 5.6), dpi=72, layout="constrained")
+        fig = Figure(figsize=(9.6, 5.6), dpi=72)
         canvas = FigureCanvasAgg(fig)
         ax = fig.add_subplot()
+        fig.subplots_adjust(left=0.065, right=0.99, bottom=0.09, top=0.985)
         solid, dashed = segments(frontier)
         for part, dashes in ((solid, "-"), (dashed, (0, (4, 3)))):
             x = [p.reward for p in part]
@@ -130,7 +131,17 @@ def plane(places: Sequence[Place], frontier: Sequence[Point], name: str) -> str:
             ax.plot([x_low, x_high], [max(y0, 0)] * 2, color=colour, linewidth=1)
             ax.plot([x0, x0], [max(y_low, 0), max(y_high, 0)], color=colour, linewidth=1)
             marker = {"target": "D", "null": "s", "sampler": "^"}.get(place.role, "o")
-            ax.plot([x0], [max(y0, 0)], marker, color=PAPER if place.role in ("target", "null") else colour, mec=colour, mew=1.4, ms=5.5)
+            ax.plot(
+                [x0],
+                [max(y0, 0)],
+                marker,
+                color=PAPER if place.role in ("target", "null") else colour,
+                mec=colour,
+                mew=1.4,
+                ms=5.5,
+                clip_on=False,
+                zorder=3,
+            )
         tops = [p.kl[2] for p in places] + [p.high for p in (*solid, *dashed)]
         top = max((t for t in tops if math.isfinite(t)), default=1.0) or 1.0
         _root_axis(ax, top, 0.12)
@@ -156,88 +167,52 @@ def _root_axis(ax: Any, top: float, gap: float) -> None:
 
 def _label(ax: Any, canvas: FigureCanvasAgg, places: Sequence[Place]) -> None:
     """Names beside the points: of the places around a point, the nearest free one; a thin line leads to names that stand off."""
-    canvas.draw()
+    ax.autoscale_view()
     renderer = canvas.get_renderer()
     spots = [ax.transData.transform((p.reward[0], max(p.kl[0], 0.0))) for p in places]
-    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in spots]
+    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in spots]
     bars = []
     for place, (x, y) in zip(places, spots, strict=True):
         (left, low), (right, high) = (ax.transData.transform((place.reward[i], max(place.kl[i], 0.0))) for i in (1, 2))
-        bars += [Bbox.from_extents(left, y - 1, right, y + 1), Bbox.from_extents(x - 1, low, x + 1, high)]
-    inside = ax.get_window_extent(renderer)
+        bars += [(left, y - 1, right, y + 1), (x - 1, low, x + 1, high)]
+    inside, lines = ax.get_window_extent(renderer), np.array(bars)
     for place, (x, y) in zip(places, spots, strict=True):
         text = ax.text(0, 0, place.label, fontsize=9.5)
         size = text.get_window_extent(renderer)
         text.remove()
         best: tuple[float, float, float, bool] | None = None
+        names = np.array(taken)
         for ring in (9, 16, 24, 34, 46, 60, 76, 94):
             for angle in (0, 180, 40, -40, 140, -140, 90, -90, 65, -65, 115, -115, 20, -20, 160, -160):
                 dx, dy = ring * math.cos(math.radians(angle)), ring * math.sin(math.radians(angle))
                 left = dx - size.width * (1 - math.cos(math.radians(angle))) / 2
                 low = dy - size.height / 2
-                box = Bbox.from_bounds(x + left - 1, y + low, size.width + 2, size.height)
-                if box.x0 < inside.x0 + 2 or box.x1 > inside.x1 - 2 or box.y0 < inside.y0 + 2 or box.y1 > inside.y1:
+                box = (x + left - 1, y + low, x + left + 1 + size.width, y + low + size.height)
+                if box[0] < inside.x0 + 2 or box[2] > inside.x1 - 2 or box[1] < inside.y0 + 2 or box[3] > inside.y1:
                     continue
-                cost = ring + 400.0 * sum(box.overlaps(other) for other in taken) + 25.0 * sum(box.overlaps(bar) for bar in bars)
+                cost = ring + 400.0 * _hits(box, names) + 25.0 * _hits(box, lines)
                 if best is None or cost < best[0]:
                     best = (cost, left, low, ring > 16)
             if best is not None and best[0] <= ring:
                 break  # free, and no wider ring can be nearer
         _, left, low, away = best or (0.0, 7.0, -size.height / 2, False)
-        taken.append(Bbox.from_bounds(x + left - 1, y + low, size.width + 2, size.height))
-        ax.annotate(
-            place.label,
-            (place.reward[0], max(place.kl[0], 0.0)),
-            xytext=(left, low),
-            textcoords="offset points",
-            fontsize=9.5,
-            color=INK,
-            va="bottom",
-            parse_math=False,
-            arrowprops={"arrowstyle": "-", "color": MUTED, "lw": 0.5, "shrinkA": 1, "shrinkB": 4} if away else None,
-        )
+        taken.append((x + left - 1, y + low, x + left + 1 + size.width, y + low + size.height))
+        ax.text(x + left, y + low, place.label, fontsize=9.5, va="bottom", transform=IdentityTransform())
+        if away:
+            end = (x + left + size.width / 2, y + low + (0 if low > 0 else size.height))
+            ax.plot([x, end[0]], [y, end[1]], color=MUTED, linewidth=0.5, transform=IdentityTransform(), zorder=1)
+
+
+def _hits(box: tuple[float, float, float, float], others: Any) -> int:
+    """How many of others [N, 4] = (left, low, right, high) the box touches."""
+    left, low, right, high = box
+    return int(((others[:, 0] <= right) & (others[:, 2] >= left) & (others[:, 1] <= high) & (others[:, 3] >= low)).sum())
 
 
 def keys_of(curve: Sequence[dict[str, float]]) -> list[str]:
     """What a training curve holds beside its step: reward and kl_prior first, the rest by name."""
     found = {key for point in curve for key in point} - {"step"}
     return [*(k for k in ("reward", "kl_prior") if k in found), *sorted(found - {"reward", "kl_prior"})]
-
-
-def limits(curves: Sequence[Sequence[dict[str, float]]]) -> dict[str, tuple[float, float]]:
-    """Least and greatest value of each key over the curves of a task, so that small figures share their axes."""
-    out: dict[str, tuple[float, float]] = {}
-    for curve in curves:
-        for point in curve:
-            for key, value in point.items():
-                if math.isfinite(value):
-                    low, high = out.get(key, (value, value))
-                    out[key] = (min(low, value), max(high, value))
-    return out
-
-
-def training(curve: Sequence[dict[str, float]], axes: dict[str, tuple[float, float]], name: str) -> str:
-    """One small panel a key over training steps; a curve without steps counts its points."""
-    keys = keys_of(curve)
-    with mpl.rc_context({**STYLE, "font.size": 8.5}):
-        tall = 0.35 + 0.75 * len(keys)  # inches
-        fig = Figure(figsize=(3.1, tall), dpi=72)
-        panels = fig.subplots(len(keys), 1, sharex=True, squeeze=False)[:, 0]
-        fig.subplots_adjust(left=0.13, right=0.98, bottom=0.22 / tall, top=1 - 0.2 / tall, hspace=0.5)
-        for ax, key in zip(panels, keys, strict=True):
-            drawn = [(p.get("step", i), p[key]) for i, p in enumerate(curve) if key in p]
-            ax.plot([s for s, _ in drawn], [v for _, v in drawn], color=ACCENT, linewidth=1.3, solid_capstyle="round")
-            low, high = axes.get(key, (0.0, 1.0))
-            if key == "kl_prior":
-                _root_axis(ax, high, 0.4)
-            else:
-                pad = 0.08 * (high - low) or 0.5
-                ax.set_ylim(low - pad, high + pad)
-                ax.yaxis.set_major_locator(mpl.ticker.MaxNLocator(2))
-            ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(3, integer=True))
-            ax.tick_params(length=0, pad=2)
-            ax.text(0, 1.04, key, transform=ax.transAxes, color=MUTED)
-        return svg(fig, f"training {name}", f"Training curve of {name}: {', '.join(keys)} by step")
 
 
 def learning(curves: Mapping[str, Sequence[tuple[float, float, float]]], name: str) -> str:

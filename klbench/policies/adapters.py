@@ -1,4 +1,4 @@
-"""PEFT adapters as models: merged into a float32 copy of their base, never into the base itself. Safetensors only."""
+"""PEFT adapters: those of files, safetensors only, merged into a float32 copy of their base, never the base itself; new ones to train."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from klbench.errors import UserError
@@ -87,3 +88,27 @@ def merged(name: str, model: Any, folder: Path) -> Any:
     except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, NotImplementedError, OSError, SafetensorError) as error:
         why = " ".join(str(error).split())[:200]
         raise UserError(f"the adapter in {folder} does not fit {name}: {type(error).__name__}: {why}") from None
+
+
+def low_rank(name: str, model: Any, rank: int, seed: int) -> Any:
+    """A LoRA tuner whose `.model` is `model` with W + B A in place of each linear W but the head's; B = 0, so it says what `model` says.
+
+    Only A and B are trained. All else shares the memory of `model`, whose own flags stay as they are: nothing may write to it.
+    Raises UserError where there is no linear layer to be found.
+    """
+    import peft
+
+    shared = {id(p): torch.nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear")
+    try:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # GPT-2 keeps its weights the other way round, which peft sees to
+            torch.default_generator.manual_seed(seed)  # A is drawn from it
+            return peft.LoraModel(copy.deepcopy(model, shared), config, "default")
+    except ValueError as error:
+        raise UserError(f"{name} takes no LoRA adapter: {' '.join(str(error).split())[:200]}") from None
+
+
+def folded(tuner: Any) -> Any:
+    """The model of a tuner of `low_rank` with W + B A written out as one matrix each, in memory of its own."""
+    return copy.deepcopy(tuner).merge_and_unload().requires_grad_(True).eval()

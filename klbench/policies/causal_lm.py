@@ -178,7 +178,7 @@ class CausalLM:
     def _continued(self, prompt: str, text: str) -> list[int]:
         if not self.chat:
             whole, start = self._open(f"{self.system}\n{prompt}{text}" if self.system is not None else prompt + text), self.encode(prompt)
-            if whole[: len(start)] == start:
+            if len(whole) > len(start) and whole[: len(start)] == start:
                 return whole[len(start) :]
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -286,6 +286,17 @@ class CausalLM:
             return _pick(self.law(logits), index)
         picked = logits.gather(3, index.clamp(max=logits.shape[3] - 1)[..., None])[..., 0] - logits.logsumexp(3)
         return picked.masked_fill(index >= logits.shape[3], -torch.inf)
+
+    def prompt_log_prob(self, prompts: Sequence[str]) -> Tensor:
+        """[P] log-probability of each prompt's tokens behind its first, differentiable; 0 for a prompt of one."""
+        rows = [self.encode(p) for p in prompts]
+        widest = max(len(ids) - 1 for ids in rows)
+        if not widest:
+            return torch.zeros(len(rows), device=self.device)
+        tokens = torch.tensor([ids[1:] + [self.eos] * (widest + 1 - len(ids)) for ids in rows])
+        there = torch.arange(widest) < torch.tensor([[len(ids) - 1] for ids in rows])
+        logits = self.passes.logits([ids[:1] for ids in rows], tokens[:, None])
+        return (_pick(self.law(logits), tokens[:, None].to(logits.device))[:, 0] * there.to(logits.device)).sum(1)
 
     @torch.no_grad()
     def log_prob(self, prompts: Sequence[str], tokens: Tensor, mask: Tensor) -> Tensor:

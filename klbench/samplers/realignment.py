@@ -1,6 +1,7 @@
 """Realignment (DeRa): a policy and its prior mixed geometrically in each next-token law.
 
-    q(v | prefix) = p0(v | prefix)^(1-lam) pi(v | prefix)^lam / norm          lam 0: the prior, 1: the policy pi, above 1: beyond it
+    q(v | prefix) = p0(v | prefix)^(1-lam) pi(v | prefix)^lam / norm          lam 0: the prior, 1: the policy pi, above 1: beyond it,
+below 0: away from it (contrastive decoding: the prior sharpened against what pi is inclined to)
 
 Taken over whole outputs, the same mixture of p0 and p*_beta is p*_(beta/lam) exactly. The norm of each token depends on the prefix, so that
 token by token it is only near that: where claim C37 has .546 for a first word at lam = .5, this gives it .602.
@@ -24,15 +25,15 @@ from klbench.method import AbstractBlend
 @final
 @dataclass(frozen=True)
 class Realignment(AbstractBlend):
-    """lam: the policy's share of the logarithm, 0 or more."""
+    """lam: the policy's share of the logarithm, any number."""
 
     lam: float = 0.5
 
     source: ClassVar[str] = "arXiv:2402.02992"
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.lam) and self.lam >= 0):
-            raise UserError(f"realignment: a number of at least 0 expected, got {self.lam:g}")
+        if not math.isfinite(self.lam):
+            raise UserError(f"realignment: a number expected, got {self.lam:g}")
 
     def law(self, log_q: Tensor, log_p0: Tensor) -> Tensor:
         """[..., V] (1 - lam) log p0 + lam log pi, normalised. Raises UserError where the two share no token."""

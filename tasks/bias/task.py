@@ -5,77 +5,43 @@
 
 This is the I-projection of the prior on the moment constraint, per occupation; a continuation without a pronoun costs nothing. lambda
 is fitted once per (prior, prompt) on draws of its own, frozen and shipped for `mini` (`lambda.json`); with s, h the prior's shares of
-the two, it is log(h/s)/2. The reward is lambda_c phi, its ceiling |lambda_c|.
+the two, it is log(h/s)/2. The reward is lambda_c phi, its ceiling |lambda_c|. The variants have a file each.
 """
 
 from __future__ import annotations
 
-import functools
-import json
-import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import ClassVar, Final, final
 
-from klbench import streams
-from klbench.errors import UserError
-from klbench.target import Policy, Reward, TiltedPrior, evaluate
+from klbench.target import Policy, Reward, TiltedPrior
 from klbench.task import SPLITS, AbstractTask
+from klbench_tasks.bias.agreement import Agreement
+from klbench_tasks.bias.association import Association
+from klbench_tasks.bias.bbq import BBQ
+from klbench_tasks.bias.counterfactual import Counterfactual
+from klbench_tasks.bias.discrimination import Discrimination
+from klbench_tasks.bias.labour import Labour
+from klbench_tasks.bias.pronouns import gender
+from klbench_tasks.bias.single import Single
+from klbench_tasks.bias.variant import FIT_DRAWS, Balance, Fit, Towards, moment_target, per_prompt, rows
+from klbench_tasks.bias.winogender import Winogender
+from klbench_tasks.bias.yes_no import YesNo
 
-PRONOUN: Final = re.compile(r"\b(?:(she|her|hers|herself)|(he|him|his|himself))\b", re.IGNORECASE)
-FIT_DRAWS: Final = 1024  # prior draws a prompt behind each lambda, on a stream that feeds nothing else
+__all__ = [
+    "BBQ", "Agreement", "Association", "Balance", "Bias", "Counterfactual", "Discrimination", "Labour", "Single", "Winogender", "YesNo",
+    "fit_lambda", "gender",
+]  # fmt: skip
+
+SHE_AND_HE: Final = Towards(gender, ("she", "he"))
 
 
-def gender(prompts: list[str], completions: list[str], **kwargs: object) -> list[float]:
-    """phi of each continuation: +1 she, -1 he, by the first pronoun; 0 without one."""
-    found = (PRONOUN.search(c) for c in completions)
-    return [0.0 if m is None else 1.0 if m.group(1) else -1.0 for m in found]
-
-
-@dataclass(frozen=True)
-class Balance:
-    """The reward lambda_c phi(x)."""
-
-    lambdas: dict[str, float]
-
-    def __call__(self, prompts: list[str], completions: list[str], **kwargs: object) -> list[float]:
-        return [self.lambdas[p] * phi for p, phi in zip(prompts, gender(prompts, completions), strict=True)]
-
-
-def fit_lambda(prior: Policy, prompts: Sequence[str], max_new_tokens: int, draws: int = FIT_DRAWS) -> dict[str, dict[str, float]]:
+def fit_lambda(prior: Policy, prompts: Sequence[str], max_new_tokens: int, draws: int = FIT_DRAWS) -> Fit:
     """lambda_c = log(h/s)/2 with its standard error sqrt((1/s + 1/h)/N)/2, from N = `draws` draws a prompt.
 
     Raises UserError for a prompt where one of the pronouns never came: its constraint has no finite solution that the draws can see.
     """
-    drawn = prior.sample(prompts, draws, max_new_tokens, streams.seed(0, "bias/lambda"))
-    phis = evaluate(gender, prompts, prior.decode(drawn.tokens, drawn.mask))
-    out = {}
-    for prompt, phi in zip(prompts, phis, strict=True):
-        s, h = float((phi > 0).mean()), float((phi < 0).mean())
-        if s == 0 or h == 0:
-            raise UserError(f"bias: {prior.name} never says {'she' if s == 0 else 'he'} after {prompt!r} in {draws} draws: no lambda")
-        error = math.sqrt((1 / s + 1 / h) / draws) / 2
-        out[prompt] = {"lambda": round(math.log(h / s) / 2, 6), "stderr": round(error, 6), "she": s, "he": h}
-    return out
-
-
-@functools.cache
-def _shipped() -> dict[str, dict[str, dict[str, float]]]:
-    file = files(__package__).joinpath("lambda.json")
-    data: dict[str, dict[str, dict[str, float]]] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return data
-
-
-_FITTED: Final[dict[str, dict[str, dict[str, float]]]] = {}  # by weights: a prior that does not ship is fitted once a process
-
-
-def _lambdas(prior: Policy, version: str, max_new_tokens: int) -> dict[str, float]:
-    fitted = _shipped().get(version) or _FITTED.get(version)
-    if fitted is None:
-        fitted = _FITTED[version] = fit_lambda(prior, [p for split in SPLITS for p in Bias().prompts(split)], max_new_tokens)
-    return {prompt: row["lambda"] for prompt, row in fitted.items()}
+    return per_prompt("bias", prior, prompts, max_new_tokens, draws, SHE_AND_HE)
 
 
 @final
@@ -90,15 +56,15 @@ class Bias(AbstractTask):
     beta: ClassVar[float] = 1.0
 
     def prompts(self, split: str) -> list[str]:
-        rows = files(__package__).joinpath(f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
-        return [json.loads(row)["prompt"] for row in rows]
+        return [row["prompt"] for row in rows(split)]
+
+    def fit(self, prior: Policy, draws: int) -> Fit:
+        """lambda of every prompt for this prior."""
+        return fit_lambda(prior, [p for split in SPLITS for p in self.prompts(split)], self.max_new_tokens, draws)
 
     def target(self, prior: Policy, beta: float) -> TiltedPrior:
         """The moment target at beta = 1; another beta tilts by lambda phi / beta, which no longer balances."""
-        version = str(getattr(prior, "weights_hash", lambda: prior.name)())
-        lambdas = _lambdas(prior, version, self.max_new_tokens)
-        ceilings = {prompt: abs(value) for prompt, value in lambdas.items()}
-        return TiltedPrior(prior, Balance(lambdas), beta, ceilings=ceilings)
+        return moment_target(self, prior, beta, SHE_AND_HE, self.fit)
 
     def gold(self) -> Reward | None:
         return None

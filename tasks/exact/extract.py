@@ -66,7 +66,7 @@ def lambdas(prior: CausalLM, prompts: list[str]) -> dict[str, float]:
 
 def rates(prior: CausalLM) -> list[str]:
     """The README's table, exact."""
-    names = ("dense", "scarce", "rare", "hidden", "moment")
+    names = ("dense", "scarce", "rare", "hidden", "moment", "design")
     rows: dict[str, list[str]] = {}
     for name in names:
         loaded = task.load(f"exact/{name}")

@@ -5,6 +5,7 @@
     scarce   r = clip(w/8, 0, 1)^2                              the same wish, beta .12: one in a hundred
     rare     r = 1 if x says "snow wind fog", else 0            prior mass about 1e-3, beta .15
     hidden   r = 1 if x says "wind snow calm", else dense/2     a mode of prior mass about 4e-4 above an ordinary reward, beta .11
+    design   r = feasible(x) prod of motif shares               two motifs, neighbours that may not meet (`design.py`), beta .15
     moment   r = lambda_c phi, E_p*[phi | c] = 1/2              phi = +1 sun without rain, -1 rain without sun, else 0; beta 1
 
 All rewards are whole multiples of 1/64 but for moment's, whose lambda_c solves the constraint by a sum over every output (`extract.py`).
@@ -22,6 +23,7 @@ from typing import ClassVar, Final, final
 from klbench.errors import UserError
 from klbench.target import Policy, Reward, TiltedPrior
 from klbench.task import AbstractTask
+from klbench_tasks.exact.design import design, feasible
 
 WARMTH: Final = {"sun": 2, "warm": 2, "calm": 1, "fog": 0, "rain": -1, "wind": -1, "snow": -2, "cold": -2}
 RARE: Final = ("snow", "wind", "fog")
@@ -168,6 +170,22 @@ class Hidden(AbstractExact):
 
     def target(self, prior: Policy, beta: float) -> TiltedPrior:
         return TiltedPrior(prior, hidden, beta, 1.0)
+
+
+@final
+@dataclass(frozen=True)
+class Design(AbstractExact):
+    """Sequence design under a constraint; its gold reward is the constraint alone, so that the two are seen apart."""
+
+    name: ClassVar[str] = "exact/design"
+    summary: ClassVar[str] = "eight words, every figure also summed exactly: sequence design, a score and words that may not meet"
+    beta: ClassVar[float] = 0.15
+
+    def target(self, prior: Policy, beta: float) -> TiltedPrior:
+        return TiltedPrior(prior, design, beta, 1.0)
+
+    def gold(self) -> Reward | None:
+        return feasible
 
 
 @final

@@ -1,25 +1,28 @@
 """factuality: name an element's symbol or a country's capital; the reward is 1 when the continuation starts with the answer.
 
 r(c, x) = 1[ the first word or words of x are an answer to c ]        accents folded; symbols keep their case
+
+The variants, each in a file of its own, ask more of the same facts and carry audits; this bare task has none, as it is in the quick suite.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import re
-import unicodedata
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import ClassVar, final
 
 from klbench.target import Policy, Reward, TiltedPrior
 from klbench.task import SPLITS, AbstractTask
+from klbench_tasks.factuality.answers import Right
+from klbench_tasks.factuality.choice import Choice
+from klbench_tasks.factuality.emotional import Emotional
+from klbench_tasks.factuality.pressure import Pressure
+from klbench_tasks.factuality.recall import Capitals, Elements
+from klbench_tasks.factuality.statements import Statements
 
-
-def fold(text: str) -> str:
-    """Accents off; case stays."""
-    return "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+__all__ = ["Capitals", "Choice", "Elements", "Emotional", "Factuality", "Pressure", "Statements", "correct"]
 
 
 @functools.cache
@@ -29,15 +32,13 @@ def _rows(split: str) -> list[dict[str, str]]:
 
 
 @functools.cache
-def _answers() -> dict[str, re.Pattern[str]]:
-    """For each prompt the pattern that a right continuation starts with: the answer, then no further letter or digit."""
-    return {row["prompt"]: re.compile(re.escape(fold(row["answer"])) + r"(?!\w)") for split in SPLITS for row in _rows(split)}
+def _right() -> Right:
+    return Right({row["prompt"]: row["answer"] for split in SPLITS for row in _rows(split)})
 
 
 def correct(prompts: list[str], completions: list[str], **kwargs: object) -> list[float]:
     """1.0 where the continuation starts with the answer, else 0.0. Raises KeyError for a prompt that is not of this task."""
-    answers = _answers()
-    return [1.0 if answers[p].match(fold(c).lstrip(" \"'“‘(")) else 0.0 for p, c in zip(prompts, completions, strict=True)]
+    return _right()(prompts, completions)
 
 
 @final

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from klbench import method
 from klbench.batch import Batch
+from klbench.errors import UserError
 from klbench.laws import WORLDS, World, check_objective, expected_gradient, stated_gradient
 from klbench.method import RewardLaw
 from klbench.objectives.conditional_training import ConditionalTraining
@@ -69,3 +71,46 @@ def test_each_answer_is_read_under_its_own_control():
 def test_own_by_hand():
     law = RewardLaw.of(np.array([0.0, 0.0, 0.0, 1.0]))
     np.testing.assert_allclose(np.exp(ConditionalTraining().own(np.array([0.0, 1.0]), law, 0.3, 8)), [0.0, 4.0])
+
+
+def test_the_laws_hold_with_weights(broken):
+    assert broken(check_objective(method.objective("conditional_training:good=2,bad=0.1"))) == []
+
+
+ONE = World(counts=((4, 1, 2),), reward=((0.0, 0.9, 0.9),), draws=1, length=2)
+WEIGHTED = ConditionalTraining(good=2.0, bad=0.1)
+
+
+def gradients(objective, good, bad):
+    """Exact gradients at two tables [1, S] of the expected loss on prior draws of ONE, read under "good" and under "bad"."""
+    tables, total = [x.clone().requires_grad_() for x in (good, bad)], torch.zeros((), dtype=torch.float64)
+    for a in range(ONE.rewards.shape[1]):
+        d = torch.full((1, 1, 1), a)
+        p0, one, two = (x.log_softmax(1)[0][d] for x in (ONE.log_p0, *tables))
+        batch = Batch(d, d >= 0, one, p0, ONE.rewards[0][d[0]], torch.zeros(1, 1), top=ONE.top, other_log_q=two)
+        total = total + p0.exp().sum() * objective.loss(batch, 1.0)
+    return torch.autograd.grad(total, tables)
+
+
+def test_weights_scale_the_two_terms_and_move_neither_optimum():
+    some = ONE.log_p0 + ONE.rewards.sin()
+    plain, weighted = (gradients(x, some, some) for x in (ConditionalTraining(), WEIGHTED))
+    for factor, before, after in zip((2.0, 0.1), plain, weighted, strict=True):
+        torch.testing.assert_close(after, factor * before)
+        assert float(after.norm()) > 1e-3
+    right, wrong = (torch.where(mask, ONE.log_p0, -60.0) for mask in (ONE.rewards > 0, ONE.rewards == 0))
+    assert all(float(x.norm()) < 1e-9 for x in gradients(WEIGHTED, right, wrong))
+    assert all(float(x.norm()) > 1e-2 for x in gradients(WEIGHTED, wrong, right))
+
+
+@pytest.mark.parametrize("objective, meets", [(WEIGHTED, True), (ConditionalTraining(), False)])
+def test_controls_that_are_not_told_apart_end_at_the_prior_reweighted(objective, meets):
+    right = (ONE.rewards > 0).double()
+    shared = ONE.log_p0 + (2.0 * right + 0.1 * (1 - right)).log()
+    assert (float(sum(gradients(objective, shared, shared)).norm()) < 1e-12) == meets
+
+
+@pytest.mark.parametrize("given", [{"good": 0.0}, {"good": -1.0}, {"bad": -0.1}])
+def test_weights_out_of_range_are_refused(given):
+    with pytest.raises(UserError, match="conditional_training: weights above 0"):
+        ConditionalTraining(**given)

@@ -105,7 +105,29 @@ def test_own_by_hand():
     np.testing.assert_allclose(np.exp(NFT().own(np.array([0.0, 1.0]), law, 0.3, 8)), [0.0, 4.0])
 
 
+FOUR = World(counts=((3, 2, 1),), reward=((1.0, 0.0, 1.0),), draws=4, length=2)  # sd .433 with one or three right, .5 with two
+
+
+@pytest.mark.parametrize("least, drops", [(0.0, False), (0.43, False), (0.45, True)])
+def test_groups_of_little_spread_are_left_out_and_the_optimum_stays(least, drops):
+    some, every = NFT(least_spread=least), NFT()
+    assert off(some, world=FOUR) < 1e-6
+    assert (off(some, of=every, world=FOUR) > 1e-3) == drops
+    right = torch.tensor([[3.0, 1e-15, 1.0]], dtype=torch.float64).log()
+    at, start = (expected_gradient(some, FOUR, x, 1.0).norm() for x in (right, FOUR.log_p0))
+    assert float(at) < 1e-9 < 1e-3 < float(start)
+
+
+def test_a_least_spread_by_hand():
+    one, two = group([1.0, 0.0, 0.0, 0.0]), group([1.0, 1.0, 0.0, 0.0])
+    assert slope(NFT(least_spread=0.45), one).tolist() == [0.0] * 4
+    assert torch.equal(slope(NFT(least_spread=0.45), two), slope(NFT(), two))
+    assert slope(NFT(least_spread=0.45), two).abs().min() > 0
+
+
 def test_refusals():
+    with pytest.raises(UserError, match="least_spread is a standard deviation"):
+        NFT(least_spread=0.5)
     with pytest.raises(UserError, match="omega of nft"):
         NFT(omega="gpo")
     with pytest.raises(ValueError, match="K >= 2"):

@@ -94,8 +94,8 @@ def test_another_precision_is_rejected(mutant, broken):
 
 
 def test_refusals():
-    for lam in (-0.1, math.nan, math.inf):
-        with pytest.raises(UserError, match="at least 0"):
+    for lam in (math.nan, math.inf):
+        with pytest.raises(UserError, match="a number expected"):
             Realignment(lam)
     with pytest.raises(UserError, match="no next token in common"):
         Realignment().law(torch.tensor([0.0, -np.inf]), torch.tensor([-np.inf, 0.0]))

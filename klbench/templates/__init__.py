@@ -1,0 +1,1 @@
+"""What `klbench new` writes: a task folder and an objective's file, as jinja templates."""
