@@ -44,7 +44,7 @@ Opened = Policy | AbstractSampler | AbstractSteering | WithoutDensity
 @final
 @dataclass(frozen=True)
 class Spec:
-    """A policy as text, taken apart. system: the prompt itself, not its file.  untuned: what the base was tuned from, borrowed by the prior."""
+    """A policy as text, taken apart. system: the prompt itself, not its file.  untuned: place of the small model that the base was tuned from."""
 
     base: str
     adapter: str = ""
@@ -92,7 +92,9 @@ def _samplers(include: tuple[Path, ...]) -> list[str]:
 def _names_decoding(text: str, include: tuple[Path, ...]) -> bool:
     """Whether text starts with the name of a decoding."""
     name = re.split("[:,]", text, maxsplit=1)[0].replace("-", "_")
-    return name in (SYSTEM, EMULATED) or (name in _samplers(include) and isinstance(method.sampler(name, include), AbstractDecoding | AbstractBlend))
+    return name in (SYSTEM, EMULATED) or (
+        name in _samplers(include) and isinstance(method.sampler(name, include), AbstractDecoding | AbstractBlend)
+    )
 
 
 def _decodings(text: str, include: tuple[Path, ...]) -> tuple[tuple[AbstractDecoding | AbstractBlend, ...], str | None, str]:

@@ -141,18 +141,18 @@ def test_yes_no_twins_are_parted_by_the_priors_own_answers() -> None:
     log_q = np.zeros((len(audits["negative_bias"].prompts), 4))
     log_q[0:3, :2] = 5.0  # a policy that says no to the first twin's yes
     everywhere = np.tile(rows, (6, 1))[: len(log_q)]
-    of = {part: audits[f"negative_bias_{part}"].of(log_q, everywhere).value for part in ("known", "wrong", "unknown")}
+    of = {name: audits[name].of(log_q, everywhere).value for name in ("negative_bias_known", "negative_bias_wrong")}
     bias = 1 / (1 + math.exp(-5)) - 0.5
     copies = [len(range(i, len(log_q) // 6, 3)) for i in range(3)]  # twins of each kind
-    assert of["known"] == pytest.approx(bias * 0.81 / sum(c * x for c, x in zip(copies, parts[0], strict=True)))
-    assert of["wrong"] == pytest.approx(bias * 0.01 / sum(c * x for c, x in zip(copies, parts[1], strict=True)))
+    assert of["negative_bias_known"] == pytest.approx(bias * 0.81 / sum(c * x for c, x in zip(copies, parts[0], strict=True)))
+    assert of["negative_bias_wrong"] == pytest.approx(bias * 0.01 / sum(c * x for c, x in zip(copies, parts[1], strict=True)))
 
 
 # Ranking
 
 
 def pairs() -> tuple[tuple[str, str, str], ...]:
-    return (("a", "b", "c c"), ("b", "a a", "b c"), ("a", "c", "b"), ("c a", "b b", "a"))
+    return (("a", " b", " c c"), ("b", " a a", " b c"), ("a", " c", " b"), ("c a", " b b", " a"))
 
 
 def by_sum(lm: torch.nn.Module, prompt: str, text: str) -> float:
@@ -170,7 +170,7 @@ def prior() -> CausalLM:
 
 def test_ranking_of_a_policy_and_of_the_exact_posterior(prior: CausalLM) -> None:
     asked = ranking(pairs())
-    policy = replace(prior, model=model("gpt2", 2))
+    policy = open_prior(model("gpt2", 2), tokenizer=tokenizer())
     lm, p0 = model("gpt2", 2), model("llama", 1)
     wanted = np.mean([by_sum(lm, c, w) > by_sum(lm, c, x) for c, w, x in pairs()])
     assert asked.measure(policy, prior).value == wanted

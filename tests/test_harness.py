@@ -122,6 +122,13 @@ def test_an_unknown_task_is_refused_before_anything_is_trained() -> None:
         grid.resolve(given(lm_eval=["klbench_factuality_elments"]))
 
 
+@pytest.mark.slow
+def test_lm_evals_own_tasks_are_known_by_name() -> None:
+    assert kept.rests_on(["arc_easy"]) != kept.rests_on([ELEMENTS])
+    with pytest.raises(UserError, match="'arc_esy'.*did you mean 'arc_easy'"):
+        kept.rests_on(["arc_esy"])
+
+
 def test_a_decoded_policy_is_not_what_lm_eval_would_read() -> None:
     cold = models.open_policy("cold", "temperature:0.7", models.open_prior("mini"))
     assert isinstance(cold, CausalLM)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import logging
 import os
 import tempfile
@@ -17,7 +18,7 @@ from typing import Any, Final
 
 from klbench.errors import UserError, unknown
 from klbench.estimate import Estimate
-from klbench.harness.tasks import by_harness_name, documents, export
+from klbench.harness.tasks import OURS, by_harness_name, documents, export
 from klbench.policies.causal_lm import CausalLM
 from klbench.record import digest
 
@@ -35,11 +36,9 @@ def rests_on(names: Sequence[str]) -> str:
     """
     ours = by_harness_name()
     theirs = [name for name in names if name not in ours]
-    if theirs:
-        known = _of_lm_eval()
-        for name in theirs:
-            if name not in known:
-                raise unknown("task of lm-eval", name, [*ours, *known])
+    for name in theirs:
+        if name.startswith(OURS) or name not in _of_lm_eval():
+            raise unknown("task of lm-eval", name, ours if name.startswith(OURS) else _of_lm_eval())
     return digest([version("lm_eval"), {name: documents(ours[name]) for name in names if name in ours}])
 
 
@@ -72,8 +71,9 @@ def kept(policy: CausalLM, names: Sequence[str], limit: int | None = None) -> di
     return columns(found["results"], found["n-samples"])
 
 
+@functools.cache
 def _of_lm_eval() -> list[str]:
-    """Names of lm-eval's own tasks."""
+    """Names of lm-eval's own tasks: a walk over its thousands of files, once a process."""
     with _quiet():
         from lm_eval.tasks import TaskManager
 

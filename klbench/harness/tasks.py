@@ -24,6 +24,7 @@ from klbench.audit import Chosen, first_chosen
 from klbench.record import digest, write_atomically
 from klbench.task import AbstractTask
 
+OURS: Final = "klbench_"  # what names of klbench's tasks begin with in lm-eval
 DRAWS: Final = 16  # documents of each score prompt where lm-eval draws: it draws one of each document
 ACCURACY: Final = "accuracy"  # the audit that a multiple choice is made of
 EARNED: Final = "klbench.harness.earned.earned"
@@ -59,7 +60,7 @@ _Dumper.add_representer(_Function, lambda dumper, name: dumper.represent_scalar(
 
 def harness_name(task: str) -> str:
     """`klbench_family_variant` of `family/variant`."""
-    return f"klbench_{task.replace('/', '_')}"
+    return OURS + task.replace("/", "_")
 
 
 def by_harness_name() -> dict[str, str]:

@@ -9,7 +9,7 @@ KL(q || p0), and per token it forgets what a token leads to; the mean over token
 With one-token answers and a two-valued reward, p = P_q(the better):  E[grad loss] = -grad p E[s] / (p (1-p)) + beta grad KL(p0||q),
 s = sd of the group's two-valued rewards over the draw of the group.  Source: Shao et al. 2024, arXiv:2402.03300 (beta .04, eps .2).
 Switch least_spread: A = 0 in a group whose sd is at or below it, as in Edit-R1 (Li et al. 2025, arXiv:2510.16888): where the rewards
-hardly differ, 1/sd blows up what may be noise. The group keeps its penalty and its place in the mean, so that above s counts as 0 there.
+hardly differ, 1/sd blows up what may be noise. The group keeps its penalty and its place in the mean: its s in E[grad loss] is 0.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Causal models as one, whose next-token law is a function of theirs: what a blend (`realignment:0.5`) and `emulated:SMALL` are to the passes.
+"""Causal models as one, whose next-token law is a function of theirs: what `realignment:0.5` and `emulated:SMALL` are to the passes.
 
 No keys and values are handed out, so the passes sample from it by reading each prefix anew; scoring runs each model once.
 """
@@ -17,7 +17,7 @@ from klbench.errors import UserError
 
 @final
 class Blended(torch.nn.Module):
-    """models: over the same ids, the policy first; `law` takes the next-token log-probabilities [..., V] of each, `name` tells it from others.
+    """models: over the same ids, the policy first.  law: of the next-token log-probabilities [..., V] of each.  name: the law's, for the hash.
 
     Only ids that all write are in the law.
     """
@@ -29,15 +29,19 @@ class Blended(torch.nn.Module):
         self.config = models[0].config
 
     @property
+    def policy(self) -> Any:
+        return self.models[0]
+
+    @property
     def dtype(self) -> torch.dtype:
-        found: torch.dtype = self.models[0].dtype
+        found: torch.dtype = self.policy.dtype
         return found
 
     def get_output_embeddings(self) -> Any:
-        return self.models[0].get_output_embeddings()
+        return self.policy.get_output_embeddings()
 
     def get_input_embeddings(self) -> Any:
-        return self.models[0].get_input_embeddings()
+        return self.policy.get_input_embeddings()
 
     def forward(self, input_ids: Tensor, **given: Any) -> CausalLMOutput:
         """Log-probabilities of the blend in place of logits. The passes' `use_cache` is not served: there is no cache to give."""
@@ -52,7 +56,7 @@ def emulated(log_tuned: Tensor, log_untuned: Tensor, log_p0: Tensor) -> Tensor:
 
         q(v | prefix) = p0(v | prefix) tuned(v | prefix) / untuned(v | prefix) / norm
 
-    With tuned = untuned it is the prior, with untuned = p0 it is tuned. `realignment:a` behind it is p0 (tuned / untuned)^a, normalised. Over
+    With tuned = untuned it is the prior, with untuned = p0 it is tuned. `realignment:a` behind it is p0 (tuned / untuned)^a / norm. Over
     whole outputs p0 tuned/untuned is p* exactly where tuned is the small model's posterior under the same r and beta; token by token, as
     here, only where an output is one token, since each norm depends on its prefix. A token that one of the three lacks has no mass.
     Raises UserError where the three share no token.  Sources: Mitchell et al. 2023, arXiv:2310.12962; Liu et al. 2024, arXiv:2401.08565.

@@ -5,7 +5,7 @@
     each block: every one of W prefixes gets K continuations of M tokens of the prior;  the W different ones of highest score stay
     at the end: the first of them, argmax of log p0 + r/beta among those that the beam has found
 
-A search for the mode of p*, and no sampler of it: with W and K that reach every prefix the law is a point on that mode, whatever beta.
+A search for the mode of p*, and no sampler of it: with W and K that reach every prefix the law is a point on that mode, at every beta.
 With one prefix and one block it is best-of-K by log p*, with W = K = 1 the prior. Only what the prior writes is found, and a wrong V can
 drop the mode's beginning. Each draw has a beam of its own, of other tokens, so that draws are independent.
 Source: Rafailov et al. 2024, arXiv:2404.12358, who search by a trained policy's log pi, which is log p* where training has ended.

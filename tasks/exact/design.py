@@ -10,6 +10,7 @@ arXiv:2407.00236, on which Chen et al. 2024, arXiv:2410.22296, set language mode
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Final
 
 BANNED: Final = {
@@ -29,7 +30,7 @@ GAP: Final = 2  # places from a motif's first word to its second
 def feasible(prompts: list[str], completions: list[str], **kwargs: object) -> list[float]:
     """1 where no two neighbours are banned: the held-out reward of the design."""
     words = [c.split() for c in completions]
-    return [float(not any(b in BANNED.get(a, ()) for a, b in zip(w, w[1:], strict=False))) for w in words]
+    return [float(not any(b in BANNED.get(a, ()) for a, b in pairwise(w))) for w in words]
 
 
 def share(words: list[str], motif: tuple[str, str]) -> float:

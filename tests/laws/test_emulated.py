@@ -15,7 +15,6 @@ from klbench.policies.blended import emulated
 from klbench.policies.causal_lm import CausalLM
 from klbench.policies.tabular import Tabular
 from klbench.samplers.realignment import Realignment
-from klbench.target import WithoutDensity
 
 
 def laws(count: int, seed: int) -> list[torch.Tensor]:
@@ -59,7 +58,8 @@ def one_token_outputs_are_p0_times_the_ratio(law, a: float = 0.6) -> bool:
     tuned, untuned, p0 = laws(3, 2)
     mass = p0.exp() * (tuned.exp() / untuned.exp()) ** a
     whole = law(tuned, untuned, p0)
-    return same(Realignment(a).law(whole, p0), (mass / mass.sum(1, keepdim=True)).log()) and same(whole.logsumexp(1), torch.zeros(7))
+    total = whole.exp().sum(1)
+    return same(Realignment(a).law(whole, p0), (mass / mass.sum(1, keepdim=True)).log()) and same(total, torch.ones_like(total))
 
 
 LAWS = (untuned_is_tuned, untuned_is_the_prior, one_token_outputs_are_p0_times_the_ratio)
@@ -137,7 +137,7 @@ def test_of_three_models_on_disk(three, behind, a):
 
 
 def test_edges_on_disk(three):
-    prior, tuned, small = three
+    prior, tuned, _ = three
     same, place = prior.log_prob(PROMPTS, TOKENS, MASK), tuned.parent / "prior"
     torch.testing.assert_close(log_prob(f"{tuned}@emulated:{tuned}", prior), same, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(log_prob(f"{tuned}@emulated:{place}", prior), log_prob(str(tuned), prior), rtol=1e-4, atol=1e-5)
@@ -167,7 +167,6 @@ def test_refusals(three, tmp_path):
     for spec, says in (
         (f"{tuned}@emulated:{other}", f"three models of one tokenizer, and that of {other} is another"),
         (f"{other}@emulated:{small}", "three models of one tokenizer, and that of the prior is another"),
-        (f"{other}@realignment:0.5", "of one tokenizer"),
         (f"{tuned}@emulated:", "emulated:SMALL expected, once and before other decodings"),
         (f"{tuned}@realignment:0.5,emulated:{small}", "once and before other decodings"),
         (f"{tuned}@emulated:{small},emulated:{small}", "once and before other decodings"),
@@ -176,4 +175,4 @@ def test_refusals(three, tmp_path):
         (f"{tuned}@emulated:{tmp_path}", "config.json is missing"),
     ):
         with pytest.raises(UserError, match=says.replace(".", "[.]")):
-            assert not isinstance(models.open_policy("mine", spec, prior), WithoutDensity)
+            models.open_policy("mine", spec, prior)
