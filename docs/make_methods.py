@@ -17,7 +17,8 @@ from klbench import method
 
 ROOT: Final = Path(__file__).parents[1]
 OUT: Final = ROOT / "docs" / "methods"
-BOARDS: Final = ("methods", "quick")
+BOARDS: Final = ("methods", "quick_all")  # quick_all: `klbench run quick --objective all`
+SHORT: Final = 6  # points of a training curve that a page shows
 
 # OBJECTIVES.md section B: the files that carry each entry, or why none does.
 ENTRIES: Final[dict[str, tuple[str, tuple[str, ...], str]]] = {
@@ -38,8 +39,8 @@ ENTRIES: Final[dict[str, tuple[str, tuple[str, ...], str]]] = {
     "B2.12": ("D3S down-sampling", ("d3s",), ""),
     "B2.13": ("Reward dropout", ("reward_dropout",), ""),
     "B2.14": ("Entropy-regularised policy optimisation", ("epo",), ""),
-    "B2.15": ("Several rewards", (), "one reward made of several, on which every objective trains as on any other"),
-    "B2.16": ("Policy internalisation, context distillation", (), "a reward, log p0(x|c, text) - log p0(x|c), for every objective"),
+    "B2.15": ("Several rewards", (), "one reward made of several, as any other: klbench/rewards/several.py, task `combined`"),
+    "B2.16": ("Policy internalisation, context distillation", (), "a reward, log p0(x|c, text) - log p0(x|c): klbench/rewards/several.py"),
     "B2.17": ("NFT", ("nft",), ""),
     "B2.18": ("TOPR", ("topr",), ""),
     "B2.19": ("Hybrid data", ("hnpg",), ""),
@@ -148,8 +149,8 @@ OPTIMA: Final = {
 
 
 def why_not_halved(name: str, optimum: str, every: dict[str, dict[str, Any]]) -> list[str]:
-    """For a method that aims at p*: where on the quick board it is further than half of the prior's distance."""
-    quick = every.get("quick")
+    """For a method that aims at p*: where on the quick board it is further than half of the prior's distance, with the way there."""
+    quick = every.get("quick_all")
     if quick is None or optimum != "target":
         return []
     out = []
@@ -160,10 +161,25 @@ def why_not_halved(name: str, optimum: str, every: dict[str, dict[str, Any]]) ->
             continue
         first, last = (row["columns"]["reverse_kl"]["value"] for row in (null, mine))
         if float(last) > float(first) / 2:
-            out.append(
+            out += [
                 f"On quick, {table['task']}: {float(last):.3f} nats after its draws, the prior {float(first):.3f}; more than half is left. "
-                "The budget of the suite ends before it arrives."
-            )
+                "The budget of the suite ends before it arrives:",
+                "",
+                *way("quick_all", mine["id"], name),
+                "",
+            ]
+    return out
+
+
+def way(suite: str, run: str, name: str) -> list[str]:
+    """A run's own training curve. Draws of the prior say nothing of the policy, so that a method that trains on them shows its loss."""
+    record = json.loads((ROOT / "leaderboards" / suite / "records" / f"{run}.json").read_text(encoding="utf-8"))
+    curve = record["curve"]
+    points = [curve[round(i * (len(curve) - 1) / (SHORT - 1))] for i in range(SHORT)]
+    own = method.objective(name).draws == "policy"
+    out = ["| draws | " + " | ".join(f"{point['samples']:,.0f}" for point in points) + " |", "|---|" + "---|" * SHORT]
+    for key in [k for k in (("reward", "kl_prior") if own else ("loss",)) if k in points[0]]:
+        out.append(f"| {key} | " + " | ".join(f"{point[key]:.3f}" for point in points) + " |")
     return out
 
 

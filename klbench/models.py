@@ -44,7 +44,7 @@ Opened = Policy | AbstractSampler | AbstractSteering | WithoutDensity
 @final
 @dataclass(frozen=True)
 class Spec:
-    """A policy as text, taken apart. system: the prompt itself, not its file.  untuned: place of the small model that the base was tuned from."""
+    """A policy as text, taken apart. system: the prompt itself, not its file.  untuned: place of what the base was tuned from."""
 
     base: str
     adapter: str = ""
@@ -254,6 +254,8 @@ class _Hands:
         for blend in (x for x in spec.decodings if isinstance(x, AbstractBlend)):
             if isinstance(spec.decodings[0], AbstractDecoding):
                 raise UserError(f"{self.name}: a blend mixes two models as they are: it comes before other decodings")
+            if causal_lm.extra_words(words, self._prior().tokenizer) is None:
+                raise UserError(f"{self.name}: a blend needs two models of one tokenizer, and the prior's is another")
             model = Blended(blend.law, repr(blend), model, self._prior().model).eval()
         decodings = tuple(x for x in spec.decodings if isinstance(x, AbstractDecoding))
         return causal_lm.settled(self.name, model, words, chat=self.chat, system=spec.system, decodings=decodings, notes=notes)

@@ -201,7 +201,7 @@ def publish(
     out: Path, records: Sequence[Record], manifest: dict[str, Any], console: Console | None = None, pools: Sequence[Pooled] = (),
     checked: Mapping[str, str] | None = None,
 ) -> Board:  # fmt: skip
-    """Writes board.json, board.csv and the pages (index.html, pages/) of these records into `out`; prints the table where a console is given.
+    """Writes board.json, board.csv and the pages (index.html, pages/) of these records into `out`; prints the table on a console.
 
     Raises UserError, before anything is written, where the records make no board.
     """

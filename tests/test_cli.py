@@ -19,9 +19,9 @@ from test_run import OBJECTIVE, SAMPLER, SUITE, ToyTask, record_of
 import klbench
 from klbench import cli, executors, task
 from klbench import run as grid
-from klbench.board import Board
 from klbench.errors import UserError, unknown
 from klbench.executors import Failure
+from klbench.page import site
 from klbench.record import Train, write_atomically
 
 ROOT = Path(__file__).parents[1]
@@ -184,7 +184,7 @@ def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(executors, "load", lambda name: execute)
     monkeypatch.setattr(grid.resolve, "__defaults__", ((), lambda *_: {}))
     monkeypatch.setattr(grid.run_suite, "__kwdefaults__", {**(grid.run_suite.__kwdefaults__ or {}), "hashes": lambda *_: {}})
-    monkeypatch.setattr(Board, "page", lambda board, path: path.write_text("a page"))
+    monkeypatch.setattr(site, "write", lambda board, folder: (folder / "index.html").write_text("a page"))
 
 
 def test_run_prints_the_board_and_where_it_lies(capsys: pytest.CaptureFixture[str], toys: Path, quickly: None) -> None:

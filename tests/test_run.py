@@ -20,11 +20,11 @@ from rich.console import Console
 
 from klbench import run as grid
 from klbench import task
-from klbench.board import Board
 from klbench.errors import UserError
 from klbench.estimate import Estimate, exactly
 from klbench.executors import C, Event, Executor, Failure, Report
 from klbench.executors.local import execute
+from klbench.page import site
 from klbench.progress import Progress, span
 from klbench.record import Record, Run, write_atomically
 from klbench.suite import Suite
@@ -116,7 +116,7 @@ def toys(monkeypatch: pytest.MonkeyPatch) -> None:
         return ToyTask(name)
 
     monkeypatch.setattr(task, "load", load)
-    monkeypatch.setattr(Board, "page", lambda board, path: path.write_text("figures take a second to draw"))
+    monkeypatch.setattr(site, "write", lambda board, folder: (folder / "index.html").write_text("figures take a second to draw"))
 
 
 def hashes(given: task.AbstractTask, prior: str, beta: float, score: object) -> dict[str, str]:

@@ -1,1 +1,1 @@
-"""The page that a board writes: `index.html.j2`, `style.css` and the figures on it."""
+"""The pages that a board writes: `site.py` makes the files, `views.py` what they say, `figures.py` and the scripts draw."""

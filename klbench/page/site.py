@@ -103,7 +103,7 @@ def _shared(board: Board) -> Iterator[tuple[str, str]]:
     at = {row.id: number for number, shard in enumerate(shards) for row in shard}
     yield "pages/compare.html", _template("compare.html.j2").render()
     yield "pages/board.js", views.script("board", views.data(board, at))
-    for name in ("style.css", *SCRIPTS):
+    for name in ("style.css", "site.css", *SCRIPTS):
         yield f"pages/{name}", asset(name)
     for name, licence in VENDOR.items():
         yield f"pages/{name}", f"/*\n{asset(f'vendor/{licence}')}*/\n{asset(f'vendor/{name}')}"

@@ -17,7 +17,7 @@ from klbench.errors import UserError
 
 @final
 class Blended(torch.nn.Module):
-    """models: over the same ids, the policy first.  law: of the next-token log-probabilities [..., V] of each.  name: the law's, for the hash.
+    """models: over the same ids, the policy first.  law: of the next-token log-probabilities [..., V] of each.  name: the law's, hashed.
 
     Only ids that all write are in the law.
     """

@@ -6,7 +6,7 @@ below 0: away from it (contrastive decoding: the prior sharpened against what pi
 Taken over whole outputs, the same mixture of p0 and p*_beta is p*_(beta/lam) exactly. The norm of each token depends on the prefix, so that
 token by token it is only near that: where claim C37 has .546 for a first word at lam = .5, this gives it .602.
 A token that pi or p0 lacks has no mass at any lam but 0, which is p0 as it is, and 1, which is pi.  Source: Liu et al. 2024,
-arXiv:2402.02992; with p0 and pi of another size it is emulated fine-tuning.
+arXiv:2402.02992. What tuning did to a small model, done to a larger one, is `emulated` (klbench/policies/blended.py).
 """
 
 from __future__ import annotations

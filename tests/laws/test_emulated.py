@@ -167,6 +167,7 @@ def test_refusals(three, tmp_path):
     for spec, says in (
         (f"{tuned}@emulated:{other}", f"three models of one tokenizer, and that of {other} is another"),
         (f"{other}@emulated:{small}", "three models of one tokenizer, and that of the prior is another"),
+        (f"{other}@realignment:0.5", "a blend needs two models of one tokenizer, and the prior's is another"),
         (f"{tuned}@emulated:", "emulated:SMALL expected, once and before other decodings"),
         (f"{tuned}@realignment:0.5,emulated:{small}", "once and before other decodings"),
         (f"{tuned}@emulated:{small},emulated:{small}", "once and before other decodings"),
