@@ -13,7 +13,8 @@ import pytest
 from klbench import bank as banks
 from klbench import task
 from klbench.estimators.moments import fit
-from klbench_tasks.bias.task import Bias, _shipped
+from klbench_tasks.bias.task import Bias
+from klbench_tasks.bias.variant import shipped
 
 
 def gendered(she: int, he: int, none: int) -> np.ndarray:
@@ -38,7 +39,7 @@ def test_the_closed_form_of_the_bias_task() -> None:
 
 
 def test_shipped_lambdas_state_the_error_of_the_general_fit() -> None:
-    version, rows = next(iter(_shipped().items()))
+    version, rows = next(iter(shipped("bias").items()))
     assert len(version) == 64
     for row in list(rows.values())[::7]:
         she, he = round(row["she"] * 4096), round(row["he"] * 4096)
@@ -53,7 +54,7 @@ def test_the_shipped_target_is_as_balanced_as_its_own_fit_allows() -> None:
     path = banks.shipped(loaded, "mini")
     assert path is not None
     bank = banks.Bank.from_bytes(path.read_bytes(), str(path))
-    rows = next(iter(_shipped().values()))
+    rows = next(iter(shipped("bias").values()))
     phi, N = bank.feature, bank.reward.shape[1]
     assert phi is not None
     lam = np.array([rows[p]["lambda"] for p in loaded.prompts("score")])

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
 import klbench
 from klbench import UserError, cli, rewards
 from klbench.rewards import calling, classifier
-from tests import tiny
 
 ROOT = Path(__file__).parents[1]
 POINTS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["entry-points"]["klbench.rewards"]

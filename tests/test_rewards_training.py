@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
 import klbench
@@ -17,7 +18,6 @@ from klbench import UserError, cli, rewards, streams, task
 from klbench.policies import causal_lm
 from klbench.rewards import hashed, hidden_states, trained, training
 from klbench.rewards.training import Rows, drawn_rows, logistic, parted, read_rows
-from tests import tiny
 
 GOOD, BAD = "kind warm gentle fine".split(), "cruel cold vile foul".split()
 

@@ -13,10 +13,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import tiny
 
 import klbench
 from klbench import rewards
-from tests import tiny
 
 ROOT = Path(__file__).parents[1]
 pytest.importorskip("datasets", reason="klbench's dependency `evaluate`, which brings `datasets`, is not installed here")

@@ -20,7 +20,7 @@ def reward(
     pairs: Annotated[Path | None, typer.Option(help='.jsonl of preferences: "prompt", "chosen", "rejected"')] = None,
     policies: Annotated[Path | None, typer.Option(help="directory of a run, whose policies join the over-optimisation curve")] = None,
     prior: Annotated[str | None, typer.Option(help="name, directory or hub name  [default: the task's]")] = None,
-    out: Annotated[Path | None, typer.Option(help="folder of rewards.json, rewards.csv and index.html")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder of rewards.json, rewards.csv and index.html  [default: runs/rewards]")] = None,
     samples: Annotated[int | None, typer.Option(min=64, help="prior draws a prompt  [default: the bank that ships, else 512]")] = None,
     seed: Annotated[int, typer.Option(min=0, help="of halves and bootstraps; draws do not depend on it")] = 0,
     include: Annotated[list[Path] | None, typer.Option(help="directory with tasks and rewards of your own; may be repeated")] = None,
@@ -37,6 +37,7 @@ def reward(
     from klbench.record import write_atomically
     from klbench.reward_eval import report
 
+    where = out or Path("runs") / "rewards"
     words = ["klbench", "reward", *task]
     for option, values in (("--reward", reward or []), ("--pairs", [pairs]), ("--policies", [policies]), ("--prior", [prior])):
         words += [word for value in values if value is not None for word in (option, str(value))]
@@ -47,10 +48,8 @@ def reward(
             task, reward or (), pairs=pairs, prior=prior, samples=samples, seed=seed, policies=policies, include=tuple(include or ()),
             command=shlex.join(words), report=say,
         )  # fmt: skip
-        if out is not None:
-            report.write(board, out)
+        report.write(board, where)
     report.show(board)
     if json is not None:
         write_atomically(json, board.to_json().encode())
-    if out is not None:
-        print(out / "index.html")
+    print(where / "index.html")
