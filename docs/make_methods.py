@@ -162,19 +162,38 @@ def why_not_halved(name: str, optimum: str, every: dict[str, dict[str, Any]]) ->
         first, last = (row["columns"]["reverse_kl"]["value"] for row in (null, mine))
         if float(last) > float(first) / 2:
             out += [
-                f"On quick, {table['task']}: {float(last):.3f} nats after its draws, the prior {float(first):.3f}; more than half is left. "
-                "The budget of the suite ends before it arrives:",
+                f"On quick, {table['task']}: {float(last):.3f} nats after its draws, the prior {float(first):.3f}; more than half is left."
+                f"{because(mine, name)}",
                 "",
-                *way("quick_all", mine["id"], name),
+                *way(mine["id"], name),
                 "",
             ]
     return out
 
 
-def way(suite: str, run: str, name: str) -> list[str]:
+def because(row: dict[str, Any], name: str) -> str:
+    """What is missing, where the curve can tell: steps, or that what was learnt carries over to the score prompts."""
+    if method.objective(name).draws != "policy":
+        return " Its draws are the prior's, so that the curve has its loss alone:"
+    curve = record(row["id"])["curve"]
+    late = [point["reward"] for point in curve[-len(curve) // 4 :]]
+    trained, scored, best = sum(late) / len(late), *(float(row["columns"][c]["value"]) for c in ("reward", "reward_target"))
+    why = "what it learnt does not carry over to them" if trained > (scored + best) / 2 else "the budget ends before it arrives"
+    return (
+        f" In the last quarter of its steps it earned {trained:.2f} on the train prompts, when scored {scored:.2f} on others, where the "
+        f"posterior earns {best:.2f}: {why}."
+    )
+
+
+def record(run: str) -> dict[str, Any]:
+    """A record of `klbench run quick --objective all`."""
+    found: dict[str, Any] = json.loads((ROOT / "leaderboards" / "quick_all" / "records" / f"{run}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def way(run: str, name: str) -> list[str]:
     """A run's own training curve. Draws of the prior say nothing of the policy, so that a method that trains on them shows its loss."""
-    record = json.loads((ROOT / "leaderboards" / suite / "records" / f"{run}.json").read_text(encoding="utf-8"))
-    curve = record["curve"]
+    curve = record(run)["curve"]
     points = [curve[round(i * (len(curve) - 1) / (SHORT - 1))] for i in range(SHORT)]
     own = method.objective(name).draws == "policy"
     out = ["| draws | " + " | ".join(f"{point['samples']:,.0f}" for point in points) + " |", "|---|" + "---|" * SHORT]

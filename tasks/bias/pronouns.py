@@ -19,6 +19,9 @@ def gender(prompts: list[str], completions: list[str], **kwargs: object) -> list
     return [0.0 if m is None else 1.0 if m.group(1) else -1.0 for m in found]
 
 
+gender.reward_max = 1.0  # type: ignore[attr-defined]  # read by whoever needs a ceiling and was not told one
+
+
 def spoken(prompts: list[str], completions: list[str], **kwargs: object) -> list[float]:
     """1 with a gendered pronoun, 0 without."""
     return [abs(phi) for phi in gender(prompts, completions)]
