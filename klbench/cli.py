@@ -317,6 +317,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = 130
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else 1
+    except (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError) as error:  # a path that cannot be read or written
+        if debugging():
+            traceback.print_exc()
+        complain(f"{error.filename or 'a file'}: {error.strerror or error}")
+        return 2
     except Exception as error:
         if hasattr(error, "format_message"):  # a usage error of typer, whichever copy of click it carries
             complain(_usage(error))

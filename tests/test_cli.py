@@ -446,3 +446,10 @@ def test_one_line_and_no_directory_from_a_real_process(tmp_path: Path) -> None:
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("klbench: no suite 'nosuch'") and done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_path_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert cli.main(["tasks", "export", str(tmp_path / "file" / "x"), "--task", "exact"]) == 2
+    told = capsys.readouterr().err.strip().splitlines()
+    assert len(told) == 1 and "file" in told[0] and "unexpected" not in told[0]
