@@ -172,3 +172,15 @@ def apply(data: dict[str, Any], setting: str) -> None:
         if not isinstance(at, dict):
             raise UserError(f"--set {setting!r}: {part} holds no keys")
     at[path[-1]] = value
+    if path[0] in ("train", "score") and len(path) == 2:
+        _forget(data, *path)
+
+
+def _forget(data: dict[str, Any], group: str, key: str) -> None:
+    """Take a key out of what tasks and methods say of it: the word of whoever starts the run is the last."""
+    for entry in data["tasks"].values():
+        if isinstance(entry, dict) and isinstance(entry.get(group), dict):
+            entry[group].pop(key, None)
+    for own in (data.get("methods") or {}).values() if group == "train" else ():
+        for settings in (own, *own.get("tasks", {}).values()):
+            settings.pop(key, None)

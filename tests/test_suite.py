@@ -47,7 +47,7 @@ def test_the_method_has_the_last_word_then_the_task_then_the_suite(load: Load) -
 def test_settings_reach_their_key(load: Load) -> None:
     found = load(TEXT, "train.steps=9", "tasks.toxicity.train.lr=0.125", "methods.sft.samples=4", "seeds=[1, 2]", "score.bank=16")
     assert found.train_of("toxicity", "sft") == Train(steps=9, prompts=3, lr=0.125, samples=4)
-    assert found.train_of("bias", "sft").steps == 7  # the task's word stands
+    assert found.train_of("bias", "sft").steps == 9 and found.train_of("bias", "sft").lr == 0.5  # above the task's steps, and its lr stands
     assert found.seeds == [1, 2] and found.score_of("toxicity").bank == 16
 
 
@@ -146,3 +146,16 @@ def test_apply_changes_plain_data_in_place() -> None:
     suite.apply(data, "train.steps=3")
     suite.apply(data, "beta=0.5")
     assert data == {"tasks": {"bias": {"beta": 0.5}}, "train": {"steps": 3}}
+
+
+def test_what_is_set_on_the_command_line_is_the_last_word() -> None:
+    """quick has steps of its own by task and rates by method; an explicit setting stands above both, and above no other key."""
+    plain, chosen = suite.load("quick"), suite.load("quick", ["train.steps=7", "train.lr=0.5", "score.draws=32"])
+    assert len({plain.train_of(t, o).steps for t in plain.tasks for o in plain.objectives}) > 1
+    for task in chosen.tasks:
+        assert chosen.score_of(task).draws == 32 and chosen.score_of(task).bank == plain.score_of(task).bank
+        for objective in chosen.objectives:
+            own = chosen.train_of(task, objective)
+            assert (own.steps, own.lr) == (7, 0.5) and own.samples == plain.train_of(task, objective).samples
+    later = suite.load("quick", ["train.steps=7", "tasks.bias.train.steps=9"])
+    assert later.train_of("bias", "rloo").steps == 9 and later.train_of("factuality", "rloo").steps == 7
