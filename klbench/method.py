@@ -316,11 +316,11 @@ def objective(spec: str, include: tuple[Path, ...] = ()) -> Objective:
     return loaded
 
 
-def _settings(spec: str, made: type) -> dict[str, int | float | bool]:
+def _settings(spec: str, made: type) -> dict[str, int | float | bool | str]:
     """Fields of an objective as they stand behind its name. Raises UserError for an unknown one, with the nearest, and for a bad value."""
     name, colon, text = spec.partition(":")
     known = {f.name: f for f in fields(made)}
-    found: dict[str, int | float | bool] = {}
+    found: dict[str, int | float | bool | str] = {}
     for part in text.split(",") if colon else ():
         key, equals, value = part.partition("=")
         key = key.replace("-", "_")
@@ -332,6 +332,8 @@ def _settings(spec: str, made: type) -> dict[str, int | float | bool]:
             if value not in ("true", "false"):
                 raise UserError(f"objective {spec!r}: {key} is true or false")
             found[key] = value == "true"
+        elif known[key].type in ("str", str):
+            found[key] = value  # the class knows which words it takes
         else:
             found[key] = _number(f"objective {spec!r}: {key}:", known[key].type, value)
     return found

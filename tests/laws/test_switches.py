@@ -18,6 +18,7 @@ from klbench.objectives.implicit_prm import ImplicitPRM
 from klbench.objectives.rebel import REBEL
 from klbench.objectives.sft import SFT
 from klbench.objectives.trajectory_balance import TrajectoryBalance
+from klbench.objectives.unlikelihood import Unlikelihood
 from klbench.policies.causal_lm import wrap
 from klbench.samplers.realignment import Realignment
 
@@ -25,6 +26,7 @@ from klbench.samplers.realignment import Realignment
 def test_settings_are_fields():
     assert method.objective("rebel:huber=0.7") == REBEL(0.7)
     assert method.objective("dpo:length-normalised=true") == DPO(True)
+    assert method.objective("unlikelihood:form=ascent,alpha=0.5") == Unlikelihood("ascent", 0.5)
     assert method.objective("robust-dpo:flip=.2,unbiased=false") == method.objective("robust_dpo:unbiased=false,flip=2e-1")
 
 
@@ -36,6 +38,7 @@ def test_settings_are_fields():
         ("rebel:huber=x", "a number expected, got 'x'"),
         ("rebel:huber=-1", "huber is a distance"),
         ("rebel:", "NAME:setting=value"),
+        ("unlikelihood:form=acsent", "did you mean 'ascent'"),
         ("dpo:length_normalised=1", "is true or false"),
         ("rloo:clip=1", "rloo has no settings"),
         ("reble:huber=1", "did you mean 'rebel'"),
