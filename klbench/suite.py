@@ -178,9 +178,11 @@ def apply(data: dict[str, Any], setting: str) -> None:
 
 def _forget(data: dict[str, Any], group: str, key: str) -> None:
     """Take a key out of what tasks and methods say of it: the word of whoever starts the run is the last."""
-    for entry in data["tasks"].values():
-        if isinstance(entry, dict) and isinstance(entry.get(group), dict):
-            entry[group].pop(key, None)
-    for own in (data.get("methods") or {}).values() if group == "train" else ():
-        for settings in (own, *own.get("tasks", {}).values()):
+    tasks, methods = (x if isinstance(x, dict) else {} for x in (data["tasks"], data.get("methods")))  # what is none is refused by `load`
+    held = [entry.get(group) for entry in tasks.values() if isinstance(entry, dict)]
+    if group == "train":
+        own = [settings for settings in methods.values() if isinstance(settings, dict)]
+        held += [*own, *(by for settings in own if isinstance(settings.get("tasks"), dict) for by in settings["tasks"].values())]
+    for settings in held:
+        if isinstance(settings, dict):
             settings.pop(key, None)

@@ -159,3 +159,11 @@ def test_what_is_set_on_the_command_line_is_the_last_word() -> None:
             assert (own.steps, own.lr) == (7, 0.5) and own.samples == plain.train_of(task, objective).samples
     later = suite.load("quick", ["train.steps=7", "tasks.bias.train.steps=9"])
     assert later.train_of("bias", "rloo").steps == 9 and later.train_of("factuality", "rloo").steps == 7
+
+
+@pytest.mark.parametrize(
+    "wrong, says", [("tasks=5", "tasks"), ("methods.rloo=5", "methods"), ("methods.rloo.tasks=5", "train settings by task")]
+)
+def test_a_setting_behind_a_wrong_one_still_says_what_is_wrong(load: Load, wrong: str, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        load(TEXT, wrong, "train.steps=3")
