@@ -19,6 +19,7 @@ import torch
 from klbench import bank as banks
 from klbench import task
 from klbench.bank import Bank
+from klbench.estimators.diversity import at_cap
 from klbench.models import open_prior
 from klbench.target import Policy, TiltedPrior
 from klbench.task import AbstractTask
@@ -26,7 +27,6 @@ from klbench.weights import log_mean_exp
 
 ROOT = Path(__file__).resolve().parents[1]
 REACH = 330.0
-AT_CAP = 1e-6  # rewards of a bank are in single precision
 START, END = "<!-- variants: start -->", "<!-- variants: end -->"
 COLUMNS = (
     "task", "prompts: train, dev, score", "draws a prompt", "β", "mean reward", "sd within a prompt", "at the cap: mean, least",
@@ -68,7 +68,8 @@ def write_bank(loaded: AbstractTask, prior: Policy, draws: int) -> None:
 def row(loaded: AbstractTask, prior: Policy, bank: Bank) -> str:
     target, texts = loaded.target(prior, loaded.beta), loaded.prompts("score")
     tilt, found = target.tilt(bank.reward), reach(bank, target, texts)
-    cap = (bank.reward >= target.ceiling(texts)[:, None] - AT_CAP).mean(1)
+    top = at_cap(bank.reward, target.ceiling(texts))
+    cap = np.zeros(len(texts)) if top is None else top.mean(1)  # without a ceiling nothing is at it
     cells = (
         f"`{loaded.name}`",
         ", ".join(str(len(loaded.prompts(split))) for split in task.SPLITS),

@@ -19,6 +19,7 @@ from scipy.optimize import brentq
 
 from klbench import estimate, weights
 from klbench.estimate import BLOCKS, CERTIFIED, Array, Estimate, Jackknife
+from klbench.estimators.diversity import at_cap
 from klbench.record import EstimateField, Strict
 
 
@@ -100,9 +101,10 @@ def guarded(figure: Estimate, reach: Array, ceiling: Array, draws: int) -> Estim
 
 def edge(reward: Array, ceiling: Array, least: float = CERTIFIED) -> float | None:
     """The largest 1/beta with A >= least at every prompt: inf where enough draws sit at the ceiling, None where no ceiling is known."""
-    if not np.isfinite(ceiling).all():
+    top = at_cap(reward, ceiling)
+    if top is None:
         return None
-    if (np.isclose(reward, ceiling[:, None], rtol=1e-6, atol=1e-6)).sum(1).min() >= least:
+    if top.sum(1).min() >= least:
         return math.inf
     excess = lambda log_lam: math.log(max(float(reach_of(reward, ceiling, math.exp(log_lam)).min()), 1e-300) / least)  # noqa: E731
     low, high = -20.0, 20.0
