@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -474,30 +474,46 @@ NAME = "RMSE of reverse_kl over prior importance sampling's, boards"
 MEDIANS, RATIOS = "medians over cells, the targets of ESTIMATORS.md", "median of the cells' ratios, every target"
 
 
+def everywhere(board: float, prior: float, targets: Iterable[str] = criteria.EVERY, **other: Any) -> list[Row]:
+    return [row for name in targets for row in ladder(board, prior, setting=f"{name} 1000+1000", **other)]
+
+
 def test_rmse_against_prior_importance_sampling() -> None:
-    good = [*ladder(0.01, 0.2), *ladder(0.02, 0.2, policy="mid"), *ladder(0.05, 0.2, policy="far")]
+    good = [*everywhere(0.01, 0.2), *everywhere(0.02, 0.2, policy="mid"), *everywhere(0.05, 0.2, policy="far")]
     near = f"{NAME} with a near policy: {RATIOS}"
     assert verdicts(good)[near].holds is True and verdicts(good)[near].measured == "0.100"
-    worse = [*good, *ladder(0.06, 0.2, policy="under"), *ladder(0.06, 0.2, policy="x")]
+    worse = [*good, *everywhere(0.06, 0.2, policy="under"), *everywhere(0.06, 0.2, policy="x")]
     assert verdicts(worse)[near].holds is False
-    small = ladder(0.3, 0.1, setting="t 64+64")
-    assert verdicts(small)[near].holds is None
+    small = ladder(0.3, 0.1, setting="rare 64+64")
+    assert verdicts(small)[near].measured == "-" and verdicts(small)[near].holds is None
 
 
 def test_the_worst_board_that_covers_is_the_one_that_is_judged() -> None:
-    covering = [*ladder(0.03, 0.2), *ladder(0.04, 0.2, lineup="mid+far+under", policy="under")]
+    covering = [*everywhere(0.03, 0.2), *everywhere(0.04, 0.2, lineup="mid+far+under", policy="under")]
     found = verdicts(covering)[f"{NAME} that cover, the worst: {RATIOS}"]
     assert found.holds is False and found.where.startswith("mid+far+under") and found.where.endswith("ratio of medians 0.200")
-    assert verdicts(ladder(0.3, 0.1, lineup="far+far2+far3"))[f"{NAME} that cover, the worst: {RATIOS}"].holds is None
+    assert verdicts(everywhere(0.3, 0.1, lineup="far+far2+far3"))[f"{NAME} that cover, the worst: {RATIOS}"].measured == "-"
 
 
 def test_medians_are_read_on_the_targets_of_estimators_md() -> None:
-    theirs = f"{next(iter(worlds.NINE))} 1000+1000"
-    rows = [*ladder(0.01, 0.2, setting=theirs), *ladder(0.19, 0.2, setting="mine 1000+1000")]
+    others = [name for name in criteria.EVERY if name not in worlds.NINE]
+    rows = [*everywhere(0.01, 0.2, worlds.NINE), *everywhere(0.19, 0.2, others)]
     near = f"{NAME} with a near policy: {MEDIANS}"
     assert verdicts(rows)[near].measured == "0.050" and verdicts(rows)[near].holds is True
     assert verdicts(rows)[f"{NAME} with a near policy: {RATIOS}"].holds is False
-    assert verdicts(ladder(0.01, 0.2))[near].holds is None
+    assert verdicts(everywhere(0.01, 0.2, others))[near].measured == "-"
+
+
+@pytest.mark.parametrize("board", [0.001, 0.1])
+def test_a_median_over_targets_is_not_judged_on_some_of_them(board: float) -> None:
+    """It would judge which targets were left out: whichever side of its bound the figure is on, it is printed alone."""
+    near, ratios = f"{NAME} with a near policy: {MEDIANS}", f"{NAME} with a near policy: {RATIOS}"
+    first, *rest = worlds.NINE
+    part = verdicts(everywhere(board, 0.2, rest))
+    assert part[near].holds is None and part[near].measured == f"{board / 0.2:.3f}"
+    assert part[near].where.startswith(f"{len(rest)} of its {len(worlds.NINE)} targets, not judged")
+    whole = verdicts(everywhere(board, 0.2, [first, *rest]))
+    assert whole[near].holds is (board < 0.02) and whole[ratios].holds is None
 
 
 def test_separate_parts_and_k1() -> None:

@@ -1,5 +1,8 @@
 """What the accuracy table has to show, each criterion with its bound, what was measured and where it is worst.
 
+A criterion about a median over a list of targets is judged where all of the list were measured. On a part of it (`--quick`, or targets
+named) the figure is printed and not judged: it would say which targets were left out.
+
 A cell is a row of the table: one column of one policy, of one pool, in one setting. For coverage a cell is split by status, and counted
 where at least LEAST of its figures have that status. 28 misses of 300 are what an honest 95 % interval exceeds with probability TAIL; in a
 cell with fewer figures the bound is the count with that tail. Chance allows as many cells beyond it as honest intervals would put there.
@@ -15,7 +18,7 @@ from typing import Final
 import numpy as np
 from scipy.stats import binom
 
-from klbench.accuracy.cells import ADVERSARIES, COLLAPSED, FAR_BOARD, NEAR_BOARD, Key, Row
+from klbench.accuracy.cells import ADVERSARIES, COLLAPSED, FAR_BOARD, NEAR_BOARD, SETTINGS, Key, Row
 from klbench.accuracy.rivals import OURS
 from klbench.accuracy.worlds import NINE
 
@@ -23,6 +26,7 @@ LEVEL: Final = 0.95
 LEAST: Final = 30  # figures of a status, for a cell to speak of its coverage
 MISSES, OF = 28, 300
 TAIL: Final = float(binom.sf(MISSES, OF, 1 - LEVEL))
+EVERY: Final = dict.fromkeys(setting.target for setting in SETTINGS)
 TRUTHFUL: Final = ("certified", "wide")
 
 
@@ -177,18 +181,20 @@ def adversaries(rows: Sequence[Row]) -> list[Criterion]:
     return found
 
 
-def _boards(boards: dict[str, Pairs], which: str, lineups: Sequence[str], bound: float) -> list[Criterion]:
+def _boards(boards: dict[str, Pairs], measured: set[str], which: str, lineups: Sequence[str], bound: float) -> list[Criterion]:
     """Two lines: on the targets of ESTIMATORS.md section 2, read as its table is; and cell by cell on all targets.
+
+    Neither is judged unless all of its targets were `measured`.
 
     A ratio of medians over all targets would say which targets we added: where prior importance sampling is good already (few nats between
     prior and posterior), both share the error of KL - E[r]/beta. It is printed beside the second line.
     """
     name = "RMSE of reverse_kl over prior importance sampling's, boards"
-    theirs = {x: [p for p in boards[x] if p[0].key.setting.rpartition(" ")[0] in NINE] for x in lineups}
+    theirs = {x: [p for p in boards[x] if _target(p[0].key) in NINE] for x in lineups}
     out = []
-    for pairs, make, how in (
-        (theirs, of_medians, "medians over cells, the targets of ESTIMATORS.md"),
-        (boards, median_ratio, "median of the cells' ratios, every target"),
+    for pairs, make, how, targets in (
+        (theirs, of_medians, "medians over cells, the targets of ESTIMATORS.md", NINE),
+        (boards, median_ratio, "median of the cells' ratios, every target", EVERY),
     ):
         found = [(x, make(f"{name} {which}: {how}", pairs[x], bound)) for x in lineups if pairs[x]]
         if not found:
@@ -196,8 +202,14 @@ def _boards(boards: dict[str, Pairs], which: str, lineups: Sequence[str], bound:
             continue
         lineup, worst = max(found, key=lambda pair: float(pair[1].measured))
         every = f"; ratio of medians {of_medians('', boards[lineup], bound).measured}" if make is median_ratio else ""
-        out.append(replace(worst, where=f"{lineup}; {worst.where}{every}"))
+        missing = set(targets) - measured
+        part = f"{len(targets) - len(missing)} of its {len(targets)} targets, not judged; " if missing else ""
+        out.append(replace(worst, holds=None if missing else worst.holds, where=f"{part}{lineup}; {worst.where}{every}"))
     return out
+
+
+def _target(key: Key) -> str:
+    return key.setting.rpartition(" ")[0]
 
 
 def _large(key: Key) -> bool:
@@ -213,8 +225,9 @@ def criteria(rows: Sequence[Row]) -> list[Criterion]:
         lineup: pairs_of(rows, "reverse_kl", "board", "prior IS", lambda key, at=lineup: key.lineup == at and _large(key))  # type: ignore[misc]
         for lineup in ("+".join(NEAR_BOARD), "+".join(FAR_BOARD))
     }
-    out += _boards(boards, "with a near policy", ["+".join(NEAR_BOARD)], 1 / 10)
-    out += _boards(boards, "that cover, the worst", list(boards), 1 / 6)
+    measured = {_target(row.key) for row in rows if _large(row.key)}
+    out += _boards(boards, measured, "with a near policy", ["+".join(NEAR_BOARD)], 1 / 10)
+    out += _boards(boards, measured, "that cover, the worst", list(boards), 1 / 6)
     for label, theirs in (("board", "parts, board"), ("klbench", "parts")):
         pairs = pairs_of(rows, "reverse_kl", label, theirs, lambda key: key.lineup != "+".join(COLLAPSED))
         out.append(median_ratio(f"RMSE of reverse_kl over that of separate parts, {label}: median", pairs, 1.0, strictly=True))
