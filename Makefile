@@ -8,13 +8,14 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet 
 # A stamp is newer than these two until one of them changes, and so long nothing is installed again.
 RECIPE := pyproject.toml constraints.txt
 
-.PHONY: help run test test-slow bench clean
+.PHONY: help run test test-slow gate bench clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make run        train and score the quick suite, print its board, write runs/quick/index.html"
 	@echo "make test       ruff, mypy and the tests"
 	@echo "make test-slow  the tests that build, install or train from nothing"
+	@echo "make gate       train the suite \`gate\` anew and compare it with ci/baseline.json"
 	@echo "make bench      the benchmarks"
 	@echo "make clean      remove what builds and tests leave; runs/ and .venv stay"
 
@@ -30,6 +31,12 @@ test: $(VENV)/.installed-dev
 # pyproject.toml deselects slow tests; of two -m the later one counts.
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/pytest -m slow
+
+# From nothing each time: a run is known by what was asked, and what is on trial here is the code.
+gate: $(VENV)/.installed
+	rm -rf runs/gate
+	OMP_NUM_THREADS=1 $(BIN)/klbench run gate --out runs/gate
+	$(BIN)/klbench check --baseline ci/baseline.json --candidate runs/gate --gate ci/gate.yaml --junit runs/gate/junit.xml
 
 bench: $(VENV)/.installed-dev
 	@set -e; found=; for script in benchmarks/[!_]*.py; do \

@@ -28,7 +28,7 @@ from typing import Any, Final, final
 import numpy as np
 from numpy.typing import NDArray
 
-from klbench import archive, method, models
+from klbench import archive, method, models, streams
 from klbench import bank as banks
 from klbench import run as grid
 from klbench import task as tasks
@@ -42,7 +42,7 @@ from klbench.pooled import stored
 from klbench.priors import SHIPPED
 from klbench.record import CHECKED, Pooled, Record, Run, checked_in, digest, write_atomically
 from klbench.rows import Rows
-from klbench.score import OWN, hashes, told
+from klbench.score import OWN, figures, hashes, told
 from klbench.sheet import Law, Sheet
 from klbench.target import TiltedPrior, evaluate
 from klbench.task import AbstractTask
@@ -164,8 +164,10 @@ class Recomputer:
             out.append(Difference(name, f"columns.{column}", _text(was["columns"][column]["value"]), "no such column"))
         for column in sorted(set(again["columns"]) - set(was["columns"]) - set(without)):
             without[column] = "the record came before this column"
+        without |= {f"prompts.{name}": "the record came before it" for name in set(again["prompts"]) - set(was["prompts"])}
         both = {column for column in was["columns"] if column in again["columns"] and column not in without}
         spent = {key for key in again["cost"] if f"cost.{key}" not in without}
+        again["prompts"] = {name: values for name, values in again["prompts"].items() if name in was["prompts"]}
         for part in (was, again):
             part["columns"] = {key: part["columns"][key] for key in both}
             part["cost"] = {key: part["cost"].get(key) for key in spent}
@@ -179,6 +181,32 @@ class Recomputer:
         for cell, why in without.items():
             by_reason.setdefault(why, []).append(cell)
         return cells, out, {why: tuple(sorted(found)) for why, found in by_reason.items()}
+
+    def halves(self, record: Record, seed: int) -> tuple[Record, Record]:
+        """The record twice, each of a random half of its own draws at every prompt, on the bank that both share.
+
+        Raises NotHereError where samples or bank are not on this machine, UserError for samples of another shape.
+        """
+        run, samples = record.run, self.directory / "samples" / f"{record.run.id}.npz"
+        if not samples.is_file():
+            raise NotHereError(f"no samples/{run.id}.npz beside the record")
+        ground = self.ground(record)
+        sheet = self._sheet(ground, record.prompt_ids, run)
+        law = stored(samples, sheet, OWN)
+        assert law.draws is not None
+        order = np.random.default_rng(streams.seed(seed, f"halves/{run.id}")).permutation(law.size)
+        found = []
+        for part in (order[: law.size // 2], order[law.size // 2 : 2 * (law.size // 2)]):
+            draws = replace(law.draws, tokens=law.draws.tokens[:, part], mask=law.draws.mask[:, part])
+            texts = [[row[i] for i in part] for row in law.texts]
+            half = replace(law, draws=draws, texts=texts, reward=law.reward[:, part], log_p0=None, said={OWN: law.said[OWN].part(part)})
+            half.policy = self._sampler(run, ground)
+            half.log_p0 = None if law.log_p0 is None else law.log_p0[:, part]
+            sheet.laws[OWN] = half
+            columns, per_prompt = figures(sheet, OWN, ground.task)
+            values = {name: [float(x) for x in of] for name, of in per_prompt.items()}
+            found.append(record.model_copy(update={"columns": columns, "prompts": values}))
+        return found[0], found[1]
 
     def _missing(self, record: Record, task: AbstractTask, law: Law) -> dict[str, str]:
         """Cells that stored draws do not tell, each with the reason."""

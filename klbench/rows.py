@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from klbench.estimate import Array
 
@@ -43,7 +44,7 @@ class Rows:
         """Draws of several laws side by side."""
         return cls(**{name: np.concatenate([getattr(part, name) for part in parts], 1) for name in cls.__dataclass_fields__})
 
-    def part(self, at: slice) -> Rows:
+    def part(self, at: slice | NDArray[np.int64]) -> Rows:
         """Some of the draws of each prompt."""
         return Rows(**{name: value[:, at] for name, value in vars(self).items()})
 

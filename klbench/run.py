@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from klbench import method, task
+from klbench.board import Board, records_of
+from klbench.board import manifest_in as manifest_in
 from klbench.errors import UserError, unknown
 from klbench.executors import Executor, Failure, Report
 from klbench.included import standing
@@ -33,8 +35,6 @@ from klbench.suite import load as load_suite
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from klbench.board import Board
 
 SCHEMA: Final = 1  # of manifest.json
 PRIOR_ROW: Final = "ancestral"  # the sampler that returns the prior's own draws: the row everything is compared with
@@ -171,30 +171,71 @@ def run_suite(
     Raises UserError, before anything is written, for bad input and for a directory that is in use or is not a run's.
     """
     runs = resolve(suite, include, hashes)
-    where = device_of(device)
-    if workers is not None and workers < 1:
-        raise UserError(f"--workers must be at least 1, got {workers}")
-    count = workers or (_cores() if where == "cpu" else 1)
-    out = out.absolute()
-    _fit_to_write(out)
+    where, count, out = _place(out, workers, device)
     with owned(out):
-        missing = [run for run in runs if _kept(run, out, on_event) is None]
-        on_event({"phase": "plan", "cells": len(missing), "kept": len(runs) - len(missing)})
+        missing = missing_of(runs, out, on_event)
         _write_manifest(out, suite, runs, command, include)
-        cells = [GridCell(run, out, include, where) for run in missing]
-        failures = executor(cells, work, min(count, len(cells)), on_event) if cells else []
-        failed = {failure.id for failure in failures}
-        records = []
-        for run in runs:
-            record = None if run.id in failed else _kept(run, out, on_event)
-            if record is not None:
-                records.append(record)
-            elif run.id not in failed:
-                failures.append(Failure(run.id, "ended without a record"))
-                on_event({"phase": "notice", "text": f"{run.id}  failed: ended without a record"})
+        records, failures = complete(runs, missing, out, executor, count, where, include, on_event, work)
         failures += _pooled(records, suite.pool, out, include, where, executor, count, on_event)
         board = publish(out, records, manifest_in(out), console, Pooled.all_in(out), checked_in(out)) if records else None
     return Outcome(records, failures, board)
+
+
+def rerun(
+    suites: Sequence[Suite], out: Path, *, executor: Executor, workers: int | None = None, include: tuple[Path, ...] = (),
+    on_event: Report = lambda event: None,
+) -> list[list[Record]]:  # fmt: skip
+    """The records of several suites that share a directory, each suite's by themselves; no board. What is there is not done again.
+
+    The manifest is the last suite's. Raises UserError, as `run_suite`, and where a cell fails.
+    """
+    resolved = [resolve(suite, include) for suite in suites]
+    where, count, out = _place(out, workers, None)
+    runs = [run for each in resolved for run in each]
+    with owned(out):
+        missing = missing_of(runs, out, on_event)
+        _write_manifest(out, suites[-1], runs, "", include)
+        records, failures = complete(runs, missing, out, executor, count, where, include, on_event)
+    if failures:
+        raise UserError(f"{len(failures)} of {len(runs)} cells failed; {failures[0].id}: {failures[0].reason}")
+    by_id = {record.run.id: record for record in records}
+    return [[by_id[run.id] for run in each] for each in resolved]
+
+
+def _place(out: Path, workers: int | None, device: str | None) -> tuple[str, int, Path]:
+    """Device, processes and absolute directory. Raises UserError for what cannot be."""
+    where = device_of(device)
+    if workers is not None and workers < 1:
+        raise UserError(f"--workers must be at least 1, got {workers}")
+    out = out.absolute()
+    _fit_to_write(out)
+    return where, workers or (_cores() if where == "cpu" else 1), out
+
+
+def missing_of(runs: Sequence[Run], out: Path, on_event: Report) -> list[Run]:
+    """Those without a sound record."""
+    missing = [run for run in runs if _kept(run, out, on_event) is None]
+    on_event({"phase": "plan", "cells": len(missing), "kept": len(runs) - len(missing)})
+    return missing
+
+
+def complete(
+    runs: Sequence[Run], missing: Sequence[Run], out: Path, executor: Executor, count: int, device: str, include: tuple[Path, ...],
+    on_event: Report, work: Callable[[GridCell, Report], None] = work,
+) -> tuple[list[Record], list[Failure]]:  # fmt: skip
+    """Does the missing runs in a directory that is owned; the records of all of them, and failures."""
+    cells = [GridCell(run, out, include, device) for run in missing]
+    failures = executor(cells, work, min(count, len(cells)), on_event) if cells else []
+    failed = {failure.id for failure in failures}
+    records = []
+    for run in runs:
+        record = None if run.id in failed else _kept(run, out, on_event)
+        if record is not None:
+            records.append(record)
+        elif run.id not in failed:
+            failures.append(Failure(run.id, "ended without a record"))
+            on_event({"phase": "notice", "text": f"{run.id}  failed: ended without a record"})
+    return records, failures
 
 
 def publish(
@@ -205,7 +246,6 @@ def publish(
 
     Raises UserError, before anything is written, where the records make no board.
     """
-    from klbench.board import Board
     from klbench.page import site
     from klbench.truths import render as render_truths
 
@@ -227,30 +267,7 @@ def records_in(directory: Path) -> list[Record]:
 
     Raises UserError where there is none, and for one that cannot be read.
     """
-    folder = directory / "records"
-    paths = sorted(folder.glob("*.json")) if folder.is_dir() else []
-    if not paths:
-        raise UserError(f"no records in {directory}" if directory.is_dir() else f"no directory {directory}")
-    named = manifest_in(directory).get("runs")
-    if isinstance(named, list):
-        paths = [p for p in paths if p.stem in set(map(str, named))]
-        if not paths:
-            raise UserError(f"{directory}: none of the runs in manifest.json has a record yet")
-    return [Record.read(path) for path in paths]
-
-
-def manifest_in(directory: Path) -> dict[str, Any]:
-    """What manifest.json says, {} where there is none. Raises UserError for a file that klbench did not write."""
-    path = directory / "manifest.json"
-    try:
-        data = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict) or "suite" not in data or "runs" not in data:
-        raise UserError(f"{path}: not the manifest of a klbench run")
-    return data
+    return [Record.read(path) for path in records_of(directory, manifest_in(directory))]
 
 
 def device_of(name: str | None) -> str:

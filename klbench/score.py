@@ -244,8 +244,8 @@ def figures(
         joint = sheet.pool(name, members)
         columns, per_prompt, _ = joint.columns(1.0 / sheet.target.beta, interval)
         columns["kl_prior"] = with_few(joint.kl.mean(n=size), own.kl, _span(own.kl, on_bank.kl))
-        surprise = joint.own_draws(entropy.regressed).mean(n=size)
-        columns["entropy"] = with_few(surprise, own.entropy, _span(own.entropy, on_bank.entropy))
+        surprise = joint.own_draws(entropy.regressed)
+        columns["entropy"] = with_few(surprise.mean(n=size), own.entropy, _span(own.entropy, on_bank.entropy))
         forgotten = joint.own_draws(forgetting.regressed, on_bank=True).mean(n=on_bank.log_q.size)
         columns["forgetting"] = with_few(forgotten, on_bank.lost, _span(own.lost, on_bank.lost))
         if isinstance(law.policy, AbstractSampler) and law.policy.draws_target:  # its density holds log Z, and what log Z may lack
@@ -253,7 +253,7 @@ def figures(
             for column, low, high in (("kl_prior", up, 0.0), ("entropy", 0.0, up), ("forgetting", 0.0, up)):
                 figure = columns[column]
                 columns[column] = replace(figure, low=(figure.low or 0.0) - low, high=(figure.high or 0.0) + high, population=None)
-        per_prompt["kl_prior"] = joint.kl.estimates
+        per_prompt |= {"kl_prior": joint.kl.estimates, "entropy": surprise.estimates}
     if isinstance(law.policy, AbstractSampler) and law.policy.draws_target:
         exact = estimate.exactly(0.0, size, "exact by construction: this sampler draws the posterior")
         columns |= dict.fromkeys(("reverse_kl", "forward_kl", "tv", "js", "chi2", "wasted_nats"), exact)
@@ -265,7 +265,8 @@ def figures(
         per_prompt["reward_max"] = sheet.tops
     gold = task.gold()
     if gold is not None:
-        columns["gold"] = mean(evaluate(gold, prompts, law.texts), 1.0)
+        earned = evaluate(gold, prompts, law.texts)
+        columns["gold"], per_prompt["gold"] = mean(earned, 1.0), earned.mean(1)
     feature = task.features()
     if feature is not None:
         phi, wanted = feature
