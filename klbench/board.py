@@ -14,10 +14,9 @@ import json
 import math
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from operator import itemgetter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
 
@@ -26,8 +25,8 @@ import numpy as np
 from klbench.errors import UserError
 from klbench.estimate import BLOCKS, Estimate, t_quantile
 from klbench.measure import COLUMNS
-from klbench.ranks import certain_bracket, rank_ranges
-from klbench.record import FrontierPoint, Pooled, Record, checked_in, digest, write_atomically
+from klbench.ranks import certain_bracket, contenders, rank_ranges
+from klbench.record import Filed, FrontierPoint, Pooled, Record, checked_in, digest, write_atomically
 from klbench.standing import Standing, standings
 from klbench.truths import Beside, beside
 
@@ -39,6 +38,7 @@ NULLS: Final = ("ancestral", "uniform")  # methods that learned nothing and are 
 
 # What a status looks like where colour may be missing.
 MARKS: Final = {"exact": "=", "certified": "", "wide": "~", "uncertified": "?", "lower": "≥", "upper": "≤", "infeasible": "×"}
+NOTHING: Final = (None,) * 4  # a column that a row lacks, in a CSV file
 GLOSSARY: Final = {
     "exact": "by construction or by summing over every outcome",
     "certified": "rejection would accept at least 30 prior draws at every prompt, so the interval can be trusted",
@@ -57,18 +57,25 @@ class Row:
     place; None for the posterior itself. bracket: reverse_kl's certain ends, the upper None where it is not known; asked for where the
     status is uncertified. provenance: "recomputed" from the stored samples by `klbench leaderboard check`, or "self-reported"."""
 
-    id: str
-    record: Record
+    filed: Filed
     label: str
     columns: dict[str, Estimate]
     rank: tuple[int, int] | None
     bracket: tuple[float, float | None] | None
     provenance: str
 
-    @cached_property
+    @property
+    def id(self) -> str:
+        return self.filed.id
+
+    @property
+    def record(self) -> Record:
+        return self.filed.record
+
+    @property
     def sha256(self) -> str:
         """Of what the record says, its machine's part left out."""
-        return digest(self.record.comparable())
+        return self.filed.sha256
 
     @property
     def role(self) -> str:
@@ -129,20 +136,27 @@ class Board:
         checked: digests of records that were computed again (`klbench.record.checked_in`).
 
         Raises UserError when there is no record, when two have one id, or when one lacks `free` at every prompt."""
-        ordered = sorted(((record.run.id, record) for record in records), key=itemgetter(0))  # an id is a hash: each is made once
+        return cls.joined(map(Filed.of, records), manifest, pools, checked)
+
+    @classmethod
+    def joined(
+        cls, filed: Iterable[Filed], manifest: dict[str, Any] | None = None, pools: Sequence[Pooled] = (),
+        checked: Mapping[str, str] | None = None,
+    ) -> Board:  # fmt: skip
+        """The same of records that are hashed already."""
+        ordered = sorted(filed, key=attrgetter("id"))
         if not ordered:
             raise UserError("a board needs at least one record")
-        for (one, _), (next_one, _) in itertools.pairwise(ordered):
-            if one == next_one:
-                raise UserError(f"two records have the id {one}")
-        groups: dict[str, dict[str, Record]] = {}
-        for own, record in ordered:
-            free = record.prompts.get("free", [])
-            if not record.prompt_ids or len(free) != len(record.prompt_ids):
-                wanted = max(len(record.prompt_ids), 1)
-                raise UserError(f"record {own}: prompts.free: a number a prompt expected, {wanted} in all, got {len(free)}")
-            groups.setdefault(comparable(record), {})[own] = record
-        made = [(own, first.run, group) for group in groups.values() for own, first in [next(iter(group.items()))]]
+        for one, next_one in itertools.pairwise(ordered):
+            if one.id == next_one.id:
+                raise UserError(f"two records have the id {one.id}")
+        groups: dict[tuple[Any, ...], dict[str, Filed]] = {}
+        for each in ordered:
+            free, prompts = each.record.prompts.get("free", []), len(each.record.prompt_ids)
+            if not prompts or len(free) != prompts:
+                raise UserError(f"record {each.id}: prompts.free: a number a prompt expected, {max(prompts, 1)} in all, got {len(free)}")
+            groups.setdefault(alike(each.record), {})[each.id] = each
+        made = [(own, first.record.run, group) for group in groups.values() for own, first in [next(iter(group.items()))]]
         made.sort(key=lambda g: (g[1].task, g[1].prior, g[1].beta, g[0]))
         counts = Counter(run.task for _, run, _ in made)
         return cls(tuple(_table(group, counts[run.task] > 1, pools, checked or {}) for _, run, group in made), manifest or {})
@@ -161,7 +175,7 @@ class Board:
                 raise UserError(f"{folder / 'manifest.json'}: not JSON: {error}") from None
             if not isinstance(manifest, dict):
                 raise UserError(f"{folder / 'manifest.json'}: a mapping expected")
-        return cls.of((Record.read(path) for path in paths), manifest, Pooled.all_in(folder), checked_in(folder))
+        return cls.joined(map(Filed.read, paths), manifest, Pooled.all_in(folder), checked_in(folder))
 
     @property
     def rows(self) -> list[tuple[Table, Row]]:
@@ -195,12 +209,15 @@ class Board:
 
     # --- files ---
 
+    def files(self) -> dict[str, Callable[[], str]]:
+        """What makes board.json and board.csv, and methods.csv where there are methods with enough seeds."""
+        methods = {"methods.csv": self.methods_csv} if any(table.methods for table in self.tables) else {}
+        return {"board.json": self.to_json, "board.csv": self.to_csv, **methods}
+
     def write(self, folder: Path) -> None:
-        """board.json and board.csv in `folder`, each atomically; methods.csv where there are methods with enough seeds."""
-        write_atomically(folder / "board.json", self.to_json().encode("utf-8", "replace"))
-        write_atomically(folder / "board.csv", self.to_csv().encode("utf-8", "replace"))
-        if any(table.methods for table in self.tables):
-            write_atomically(folder / "methods.csv", self.methods_csv().encode("utf-8", "replace"))
+        """`files` into `folder`, each atomically."""
+        for name, text in self.files().items():
+            write_atomically(folder / name, text().encode("utf-8", "replace"), lasting=False)
 
     def to_json(self) -> str:
         """Ranks and brackets by record, each record with the hash of what it says; sorted keys, a row a line, one trailing newline."""
@@ -224,14 +241,15 @@ class Board:
         writer.writerow([_csv_cell(h) for h in head])
         for _, row in self.rows:
             run = row.record.run
-            line: list[Any] = [run.task, run.prior, run.beta, run.method, run.kind, row.role, run.seed, row.id, row.status]
+            said = [run.task, run.prior, run.beta, run.method, run.kind, row.role, run.seed, row.id, row.status]
+            line: list[Any] = [_csv_cell(cell) for cell in said]
             line += [*(row.rank or (None, None)), *(row.bracket or (None, None))]
             for name in names:
                 figure = row.columns.get(name)
-                line += [None] * 4 if figure is None else [figure.value, figure.low, figure.high, figure.status]
-            line += [row.record.cost.get(key) for key in costs]
+                line += NOTHING if figure is None else (figure.value, figure.low, figure.high, figure.status)  # numbers and a known word
+            line += [_csv_cell(row.record.cost.get(key)) for key in costs]
             line += [row.record.truths.get(name) for name in known]
-            writer.writerow([_csv_cell(cell) for cell in line])
+            writer.writerow(line)
         return out.getvalue()
 
     def methods_csv(self) -> str:
@@ -305,14 +323,60 @@ class Board:
         return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
 
 
+# --- what a directory holds ---
+
+
+def records_of(directory: Path, manifest: Mapping[str, Any]) -> list[Path]:
+    """Files of the records that the manifest names, or all of them where it names none, by name. Raises UserError where there is none."""
+    folder = directory / "records"
+    paths = sorted(folder.glob("*.json")) if folder.is_dir() else []
+    if not paths:
+        raise UserError(f"no records in {directory}" if directory.is_dir() else f"no directory {directory}")
+    if isinstance(manifest.get("runs"), list):
+        named = set(map(str, manifest["runs"]))
+        paths = [p for p in paths if p.stem in named]
+        if not paths:
+            raise UserError(f"{directory}: none of the runs in manifest.json has a record yet")
+    return paths
+
+
+def manifest_in(directory: Path) -> dict[str, Any]:
+    """What manifest.json says, {} where there is none. Raises UserError for a file that klbench did not write."""
+    path = directory / "manifest.json"
+    try:
+        data = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict) or "suite" not in data or "runs" not in data:
+        raise UserError(f"{path}: not the manifest of a klbench run")
+    return data
+
+
 # --- what may be compared, and ranks ---
 
 
-def comparable(record: Record) -> str:
+ALIKE: Final = ("prior", "prompts", "target")  # hashes of a run
+
+
+def alike(record: Record) -> tuple[Any, ...]:
     """Equal for records whose reverse_kl may be ranked: the same prompts, prior, β, length and target. The bank may differ."""
     run = record.run
-    hashes = {k: run.hashes.get(k) for k in ("prior", "prompts", "target")}
+    hashes = (run.hashes.get(key) for key in ALIKE)
+    return run.task, run.task_version, run.prior, run.beta, run.max_new_tokens, *hashes, *record.prompt_ids
+
+
+def comparable(record: Record) -> str:
+    """`alike` as a hash."""
+    run = record.run
+    hashes = {key: run.hashes.get(key) for key in ALIKE}
     return digest([run.task, run.task_version, run.prior, run.beta, run.max_new_tokens, hashes, record.prompt_ids])
+
+
+def span(record: Record) -> tuple[float, int]:
+    """How far its frontier goes: the longest of a table is drawn."""
+    return max((point.reach for point in record.frontier), default=0.0), len(record.frontier)
 
 
 def role(record: Record) -> str:
@@ -323,10 +387,11 @@ def role(record: Record) -> str:
     return "null" if record.run.method in NULLS else record.run.kind
 
 
-def _table(records: dict[str, Record], shared: bool, pools: Sequence[Pooled], checked: Mapping[str, str]) -> Table:
+def _table(filed: dict[str, Filed], shared: bool, pools: Sequence[Pooled], checked: Mapping[str, str]) -> Table:
     """Rows of comparable records, given by id. `shared`: another table has the same task, so the title must say more."""
+    records = {own: each.record for own, each in filed.items()}
     every = list(records.values())
-    pool = next((p for p in pools if p.fits(every)), None)
+    pool = next((p for p in pools if p.columns.keys() <= records.keys() and p.fits(every)), None)
     better = {} if pool is None else pool.columns
     prompts = {i: r.prompts | ({} if pool is None else pool.prompts.get(i, {})) for i, r in records.items()}
     free = {i: np.asarray(found["free"], dtype=np.float64) for i, found in prompts.items()}
@@ -335,23 +400,25 @@ def _table(records: dict[str, Record], shared: bool, pools: Sequence[Pooled], ch
     shape = (len(ranked), len(every[0].prompt_ids))
     far, errors = (np.array([x[i] for i in ranked]).reshape(shape) for x in (free, stderr))
     ranges = dict(zip(ranked, rank_ranges(far), strict=True)) if ranked else {}
+    best = contenders(far, errors)
     labels = _labels(records)
     rows = []
     for own, record in records.items():
         bracket = None
         columns = record.columns | better.get(own, {})
         if columns["reverse_kl"].status == "uncertified":
-            others = np.array([i != own for i in ranked], dtype=bool)
+            others = [k for k in best if ranked[k] != own]
             cap = record.prompts.get("reward_max")
             cap_nats = np.asarray(cap, dtype=np.float64) / record.run.beta if cap and len(cap) == len(free[own]) else None
-            bracket = certain_bracket(free[own], stderr[own], far[others], errors[others], cap_nats)
-        row = Row(own, record, labels[own], columns, ranges.get(own), bracket, "self-reported")
-        rows.append(replace(row, provenance="recomputed") if own in checked and checked[own] == row.sha256 else row)
+            count = len(ranked) - (own in ranges)
+            bracket = certain_bracket(free[own], stderr[own], far[others], errors[others], cap_nats, count)
+        provenance = "recomputed" if checked.get(own) == filed[own].sha256 else "self-reported"
+        rows.append(Row(filed[own], labels[own], columns, ranges.get(own), bracket, provenance))
     rows.sort(key=lambda row: _order(row, float(free[row.id].mean())))
-    longest = max(every, key=lambda r: (max((p.reach for p in r.frontier), default=0.0), len(r.frontier)))
+    longest = max(every, key=span)
     run = every[0].run
     title = f"{run.task} · β {run.beta:g} · {run.prior}" if shared else run.task
-    methods = standings(every, {row.id: row.columns for row in rows}, free)
+    methods = standings(records, {row.id: row.columns for row in rows}, free)
     return Table(title, tuple(rows), tuple(sorted(longest.frontier, key=lambda p: p.reward)), pool, methods)
 
 
@@ -369,14 +436,14 @@ def _table_json(table: Table) -> str:
         "prompts": len(table.first.prompt_ids),
         "pool": None if table.pool is None else {"members": list(table.pool.members), "hash": table.pool.hash},
     }
-    lists = [*([("methods", [_standing_json(s) for s in table.methods])] if table.methods else []), ("rows", map(_row_json, table.rows))]
-    rest = "".join(f', "{name}": [\n' + ",\n".join(map(_json, items)) + "\n]" for name, items in lists)
+    lists = [("methods", [_json(_standing_json(s)) for s in table.methods])] if table.methods else []
+    rest = "".join(f', "{name}": [\n' + ",\n".join(items) + "\n]" for name, items in [*lists, ("rows", map(_row_json, table.rows))])
     return f"{_json(about)[:-1]}{rest}}}"
 
 
-def _row_json(row: Row) -> dict[str, Any]:
+def _row_json(row: Row) -> str:
     run = row.record.run
-    return {
+    rest = {
         "id": row.id,
         "sha256": row.sha256,
         "method": run.method,
@@ -387,9 +454,11 @@ def _row_json(row: Row) -> dict[str, Any]:
         "status": row.status,
         "rank": row.rank,
         "reverse_kl_certain": row.bracket,
-        "columns": {name: row.columns[name].to_json() for name in sorted(row.columns)},
         **(row.record.model_dump(mode="json", include={"truths"}) if row.record.truths else {}),
     }
+    pooled = row.columns != row.record.columns
+    columns = _json({name: figure.to_json() for name, figure in row.columns.items()}) if pooled else row.filed.columns
+    return f'{{"columns": {columns}, {_json(rest)[1:]}'
 
 
 def _standing_json(standing: Standing) -> dict[str, Any]:
@@ -432,11 +501,16 @@ def figure_text(x: float | None) -> str:
     """Three decimals below 10, two below 100, one above; an en dash for nothing."""
     if x is None:
         return "–"
-    if not math.isfinite(x):
-        return "∞" if x > 0 else "−∞"
     size = abs(x)
-    text = f"{x:.3f}" if size < 9.9995 else f"{x:.2f}" if size < 99.995 else f"{x:,.1f}"
-    return text.replace("-", "−") if float(text.replace(",", "")) else text.replace("-", "")
+    if size < 9.9995:
+        text = f"{x:.3f}"
+    elif not math.isfinite(x):
+        return "∞" if x > 0 else "−∞"
+    else:
+        text = f"{x:.2f}" if size < 99.995 else f"{x:,.1f}"
+    if text[0] != "-":
+        return text
+    return f"−{text[1:]}" if float(text.replace(",", "")) else text[1:]
 
 
 def _number(x: float | None) -> str:

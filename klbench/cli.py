@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from klbench import __version__
-from klbench.commands import new, reward, tasks, train_reward, validate
+from klbench.commands import check, history, new, reward, tasks, train_reward, validate
 from klbench.commands.export import export
 from klbench.commands.leaderboard import leaderboard
 from klbench.errors import UserError, unknown
@@ -40,6 +40,8 @@ app.add_typer(tasks.app, name="tasks")
 app.command()(validate.validate)
 app.command("train-reward")(train_reward.train_reward)
 app.command()(reward.reward)
+app.command(epilog=check.EPILOG)(check.check)
+app.command()(history.history)
 
 KINDS: Final = ("tasks", "objectives", "samplers", "rewards", "priors", "suites", "claims")
 

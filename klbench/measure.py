@@ -85,6 +85,8 @@ def bounded(column: str, figure: Estimate) -> Estimate:
     value, low, high = map(clip, (figure.value, figure.low, figure.high))
     if value is not None:
         low, high = (None if low is None else min(low, value)), (None if high is None else max(high, value))
+    if (value, low, high) == (figure.value, figure.low, figure.high):
+        return figure
     return replace(figure, value=value, low=low, high=high)
 
 

@@ -6,34 +6,36 @@ import hashlib
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final, Literal, final
 
+import numpy as np
 from pydantic import (
     AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     PlainSerializer,
     SerializerFunctionWrapHandler,
     ValidationError,
     model_serializer,
+    with_config,
 )
+from pydantic_core import to_json
 
 from klbench.errors import UserError
 from klbench.estimate import Estimate
 
 SCHEMA: Final = 1
+NOT_FINITE: Final = "NaN and infinite numbers are not JSON compliant"
 
-EstimateField = Annotated[
-    Estimate,
-    BeforeValidator(Estimate.from_json),
-    PlainSerializer(lambda e: e.to_json(), return_type=dict[str, Any]),
-]
+with_config(ConfigDict(extra="forbid"))(Estimate)  # pydantic checks its fields itself: a Python validator takes twice as long
+EstimateField = Annotated[Estimate, PlainSerializer(lambda e: e.to_json(), return_type=dict[str, Any])]
 
 
 def _number(x: float) -> float:
@@ -42,8 +44,19 @@ def _number(x: float) -> float:
     return x
 
 
+def _finite(data: Any) -> Any:
+    if isinstance(data, float) and not math.isfinite(data):
+        raise ValueError(NOT_FINITE)
+    for part in data.values() if isinstance(data, dict) else data if isinstance(data, list) else ():
+        _finite(part)
+    return data
+
+
 Truth = Annotated[  # infinite ones are the words "inf" and "-inf" in JSON, as in an estimate
-    float, AfterValidator(_number), PlainSerializer(lambda x: x if math.isfinite(x) else f"{x:g}", return_type=float | str)
+    float,
+    Field(allow_inf_nan=True),
+    AfterValidator(_number),
+    PlainSerializer(lambda x: x if math.isfinite(x) else f"{x:g}", return_type=float | str),
 ]
 
 
@@ -133,22 +146,26 @@ class Run(Strict):
 class FrontierPoint(Strict):
     """One point of the optimal frontier: the posterior at lambda = 1/beta. low, high: 95 % band of kl; reach: least over prompts."""
 
-    lam: float
-    reward: float
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    high: float  # in the order of their names, as a file has them
     kl: float
+    lam: float
     low: float
-    high: float
     reach: float
+    reward: float
 
 
 class Sample(Strict):
     """A draw for the page. Log-probabilities in nats a sequence; None where the policy has none."""
 
-    prompt: str
-    completion: str
-    reward: float
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    completion: str  # in the order of their names, as a file has them
     log_p0: float
     log_q: float | None
+    prompt: str
+    reward: float
 
 
 class Record(Grown):
@@ -160,6 +177,7 @@ class Record(Grown):
     """
 
     LATER: ClassVar[tuple[str, ...]] = ("truths",)
+    model_config = ConfigDict(allow_inf_nan=False)
 
     schema_version: Literal[1] = SCHEMA
     run: Run
@@ -170,7 +188,7 @@ class Record(Grown):
     frontier: list[FrontierPoint]
     samples: list[Sample]
     curve: list[dict[str, float]] = Field(default_factory=list)
-    cost: dict[str, Any]
+    cost: Annotated[dict[str, Any], AfterValidator(_finite)]
     notes: list[str] = Field(default_factory=list)
     hashes: dict[str, str] = Field(default_factory=dict)  # samples: their file; weights: the policy's
     truths: dict[str, Truth] = Field(default_factory=dict)
@@ -187,20 +205,176 @@ class Record(Grown):
 
     @classmethod
     def read(cls, path: Path) -> Record:
-        """Raises UserError that names the file and the first bad key."""
+        """Raises UserError that names the file and the first bad key; OtherSchemaError for another version's."""
+        return cls.parse(_bytes(path), path)
+
+    @classmethod
+    def parse(cls, raw: bytes, path: Path) -> Record:
+        """From what a file holds; `path` is what an error names. Raises UserError with the first bad key."""
         try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(f"no record at {path}") from None
+            return cls.model_validate_json(raw)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or "the file"
-            if where == "schema_version":
-                given = str(first["input"])[:40]
-                raise UserError(f"{path}: {where}: a record of schema {given}; this klbench reads schema {SCHEMA}") from None
-            raise UserError(f"{path}: {where}: {first['msg']}") from None
-        except (UnicodeDecodeError, OSError) as error:
-            raise UserError(f"{path}: cannot be read: {error}") from None
+            try:
+                raw.decode("utf-8")
+            except UnicodeDecodeError as why:
+                raise UserError(f"{path}: cannot be read: {why}") from None
+            raise _told(error, str(path)) from None
+
+    @classmethod
+    def of(cls, data: object, where: str) -> Record:
+        """From plain data, as `read`."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise _told(error, where) from None
+
+
+class OtherSchemaError(UserError):
+    """A record of another version of the schema."""
+
+
+def _told(error: ValidationError, where: str) -> UserError:
+    """The first bad key of a record, with the place it came from."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"]) or "the file"
+    if key == "schema_version":
+        return OtherSchemaError(f"{where}: {key}: a record of schema {str(first['input'])[:40]}; this klbench reads schema {SCHEMA}")
+    why = NOT_FINITE if first["type"] == "finite_number" else first["msg"]
+    return UserError(f"{where}: {key}: {why}")
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"no record at {path}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+
+
+@final
+@dataclass(frozen=True)
+class Filed:
+    """A record with what is hashed of it. columns: its columns as JSON with sorted keys.  sha256: of `comparable()`."""
+
+    record: Record
+    id: str
+    sha256: str
+    columns: str
+
+    @classmethod
+    def of(cls, record: Record) -> Filed:
+        data = record.comparable()
+        parts = {key: _json(data[key]) for key in sorted(data)}
+        return cls._hashed(record, parts["columns"], ", ".join(f"{_json(key)}: {part}" for key, part in parts.items()))
+
+    @classmethod
+    def read(cls, path: Path) -> Filed:
+        """The same as `of(Record.read(path))`, at half the cost where the file is what `Record.to_json` writes, to the last byte: then
+        what is hashed is its text without line ends, and no number has to be written again. Raises UserError."""
+        raw = _bytes(path)
+        record = Record.parse(raw, path)
+        if raw != _written(record):
+            return cls.of(record)
+        head, _, rest = raw.partition(b',\n "cost": ')  # keys are sorted, and a line starts where no text goes on
+        cost = _json({key: value for key, value in record.cost.items() if key != "machine"})
+        columns = _on_one_line(head.removeprefix(b'{\n "columns": '))
+        rest = rest[rest.index(b',\n "curve": ') : -len("\n}\n")]
+        return cls._hashed(record, columns, f'"columns": {columns}, "cost": {cost}{_on_one_line(rest)}')
+
+    def lean(self, frontier: bool) -> Filed:
+        """Without what a board does not read: draws, most of the curve, per-prompt values that no rank needs, the frontier unless asked."""
+        given = self.record
+        left = {
+            "samples": [],
+            "prompts": {key: given.prompts[key] for key in ("free", "free_stderr", "reward_max") if key in given.prompts},
+            "curve": [point for point in given.curve if "reverse_kl" in point],
+            "frontier": given.frontier if frontier else [],
+        }
+        return replace(self, record=given.model_copy(update=left))
+
+    @classmethod
+    def _hashed(cls, record: Record, columns: str, inside: str) -> Filed:
+        return cls(record, record.run.id, hashlib.sha256(f"{{{inside}}}".encode()).hexdigest(), columns)
+
+
+def _json(data: Any) -> str:
+    """As `digest` hashes it."""
+    return json.dumps(data, sort_keys=True, ensure_ascii=False)
+
+
+def _on_one_line(layout: bytes) -> str:
+    """JSON of one line from JSON with a line an item: indentation goes, and a line end is a space behind a comma and else nothing."""
+    text = np.frombuffer(layout, dtype=np.uint8)
+    ends, keep = np.flatnonzero(text == ord("\n")), np.ones(len(text), dtype=bool)
+    at = ends + 1
+    while len(at := at[text[at] == ord(" ")]):
+        keep[at] = False
+        at = at + 1
+    behind = text[ends - 1] == ord(",")
+    keep[ends[~behind]] = False
+    line = text.copy()
+    line[ends[behind]] = ord(" ")
+    return line[keep].tobytes().decode()
+
+
+def _written(record: Record) -> bytes:
+    """What `Record.to_json` writes, by pydantic's encoder, which is five times as fast. Where the two write a number in another way (1e16)
+    this is not it: there to be compared with a file."""
+    run = record.run
+    data = {
+        **_fields(record),
+        "columns": {name: _fields(figure) for name, figure in sorted(record.columns.items())},
+        "cost": _by_key(record.cost),
+        "curve": _curve(record.curve),
+        "hashes": _by_key(record.hashes),
+        "prompts": _by_key(record.prompts),
+        "run": {**_fields(run), "hashes": _by_key(run.hashes), "score": _fields(run.score), "train": run.train and _fields(run.train)},
+    }
+    text = to_json(data, indent=1, inf_nan_mode="constants") + b"\n"
+    if b"Infinity" in text:
+        text = INFINITE.sub(rb' "\1inf"\2', text)
+    return SMALL.sub(_small, EXPONENT.sub(rb"e-0\1\2", text))
+
+
+# A number ends its line, where a text has a quote. Patterns start with a fixed text, which `re` finds ten times as fast as anything else.
+INFINITE: Final = re.compile(rb" (-?)Infinity(,?\n)")  # a word in an estimate, refused elsewhere
+EXPONENT: Final = re.compile(rb"e-(\d)(,?\n)")  # 1e-6, which Python writes 1e-06
+SMALL: Final = re.compile(rb"0\.0000\d+(?=,?\n)")  # 0.00001, which Python writes 1e-05
+
+
+def _curve(points: Sequence[dict[str, float]]) -> list[dict[str, float]]:
+    keys = sorted(points[0]) if points else []
+    return [point if list(point) == keys else dict(sorted(point.items())) for point in points]
+
+
+def _small(found: re.Match[bytes]) -> bytes:
+    inside = found.string[found.start() - 1 : found.start()] not in b" -"  # of 10.00001
+    return found[0] if inside else repr(float(found[0])).encode()
+
+
+def _fields(part: Any) -> dict[str, Any]:
+    """By name; what came after the first records and says nothing new is left out, as in `Grown`."""
+    values = vars(part)
+    names, later = _names(part.__class__)
+    data = {name: values[name] for name in names}
+    for name, default in later:
+        if data[name] == default:
+            del data[name]
+    return data
+
+
+@cache
+def _names(kind: Any) -> tuple[list[str], list[tuple[str, Any]]]:
+    """Of the fields of a kind in order, and the later ones with their defaults."""
+    if not issubclass(kind, BaseModel):
+        return sorted(field.name for field in fields(kind)), []
+    later = kind.LATER if issubclass(kind, Grown) else ()
+    return sorted(kind.model_fields), [(name, kind.model_fields[name].get_default(call_default_factory=True)) for name in later]
+
+
+def _by_key(data: dict[str, Any]) -> dict[str, Any]:
+    return {key: _by_key(data[key]) if isinstance(data[key], dict) else data[key] for key in sorted(data)}
 
 
 @final
@@ -269,15 +443,17 @@ def digest(data: Any) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Either the old file or the whole new one is there, whatever kills the process in between."""
+def write_atomically(path: Path, data: bytes, *, lasting: bool = True) -> None:
+    """Either the old file or the whole new one is there, whatever kills the process in between; after a loss of power too where it is
+    to be `lasting`, which waits for the disk and is not for what can be made again."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            if lasting:
+                file.flush()
+                os.fsync(file.fileno())
         os.chmod(part, 0o644)
         os.replace(part, path)
     except BaseException:

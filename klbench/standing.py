@@ -10,18 +10,18 @@ all pairs of a table. One seed says something about a checkpoint, not about a me
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, final
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import ttest_ind_from_stats
+from scipy.special import stdtr
 
 from klbench.estimate import Array, Estimate, t_quantile
 from klbench.measure import bounded
 from klbench.ranks import LEVEL, holm
-from klbench.record import Record, digest
+from klbench.record import Record, Score, Train
 
 SEEDS: Final = 5
 TRUST: Final = ("exact", "certified", "wide", "lower", "upper", "infeasible", "uncertified")  # most trusted first
@@ -42,28 +42,27 @@ class Standing:
     curve: tuple[tuple[float, float, float], ...]
 
 
-def standings(records: Sequence[Record], columns: dict[str, dict[str, Estimate]], free: dict[str, Array]) -> tuple[Standing, ...]:
+def standings(records: Mapping[str, Record], columns: dict[str, dict[str, Estimate]], free: dict[str, Array]) -> tuple[Standing, ...]:
     """Methods with at least SEEDS seeds among comparable records, in order of reverse_kl.
 
-    columns: of each record by id, pooled where the table has a pool.  free [P]: of each record by id.
+    records: by id.  columns: of each, pooled where the table has a pool.  free [P]: of each.
     """
-    groups: dict[str, list[Record]] = {}
-    for record in records:
+    groups: dict[tuple[str, Train | None, Score], list[str]] = {}
+    for own, record in records.items():
         if record.run.kind == "objective":
-            settings = record.run.train.model_dump() if record.run.train else None
-            groups.setdefault(digest([record.run.method, settings, record.run.score.model_dump()]), []).append(record)
-    whole = [sorted(group, key=lambda r: r.run.seed) for group in groups.values() if len({r.run.seed for r in group}) >= SEEDS]
-    ids = [[r.run.id for r in group] for group in whole]  # an id is a hash: each is made once
-    places = _places([np.array([free[i].mean() for i in own]) for own in ids])
+            groups.setdefault((record.run.method, record.run.train, record.run.score), []).append(own)
+    seed = {own: record.run.seed for own, record in records.items()}
+    whole = [sorted(group, key=lambda own: seed[own]) for group in groups.values() if len({seed[own] for own in group}) >= SEEDS]
+    places = _places([np.array([free[own].mean() for own in group]) for group in whole])
     found = [
         Standing(
-            group[0].run.method,
-            tuple(r.run.seed for r in group),
-            _over_seeds([columns[i] for i in own]),
+            records[group[0]].run.method,
+            tuple(seed[own] for own in group),
+            _over_seeds([columns[own] for own in group]),
             place,
-            _curve(group),
+            _curve([records[own] for own in group]),
         )
-        for group, own, place in zip(whole, ids, places, strict=True)
+        for group, place in zip(whole, places, strict=True)
     ]
     return tuple(sorted(found, key=lambda s: (_value(s, "reverse_kl"), s.method)))
 
@@ -75,25 +74,36 @@ def _value(standing: Standing, column: str) -> float:
 
 def _over_seeds(figures: Sequence[dict[str, Estimate]]) -> dict[str, Estimate]:
     shared = [name for name in figures[0] if all(name in f for f in figures)]
-    return {name: bounded(name, over_seeds([f[name] for f in figures])) for name in shared}
+    found = over_seeds([[f[name] for f in figures] for name in shared])
+    return {name: bounded(name, figure) for name, figure in zip(shared, found, strict=True)}
 
 
-def over_seeds(figures: Sequence[Estimate]) -> Estimate:
-    """One figure of a method from those of its seeds, with the least trusted status among them; no value where one has none."""
-    worst = max((f.status for f in figures), key=lambda s: TRUST.index(s))
-    n, reason = sum(f.n for f in figures), next((f.reason for f in figures if f.status == worst), "")
-    values = [f.value for f in figures if f.value is not None]
-    if len(values) < len(figures):
-        return Estimate(None, n=n, status=worst, reason=reason)
-    if not all(map(math.isfinite, values)):
-        return Estimate(math.inf, math.inf, math.inf, n=n, status=worst, reason=reason)
-    value = float(np.mean(values))
-    stderr = float(np.std(values, ddof=1) / math.sqrt(len(values)))
-    lows, highs = [f.low for f in figures if f.low is not None], [f.high for f in figures if f.high is not None]
-    spread = t_quantile(len(values) - 1) * stderr
-    low = value - math.hypot(spread, value - float(np.mean(lows))) if len(lows) == len(values) else None
-    high = value + math.hypot(spread, float(np.mean(highs)) - value) if len(highs) == len(values) else None
-    return Estimate(value, low, high, stderr, n, None, worst, reason)
+def over_seeds(columns: Sequence[Sequence[Estimate]]) -> list[Estimate]:
+    """Of each column one figure of a method from those of its seeds [C][S], with the least trusted status among them; no value where one
+    has none."""
+    given = np.array([[[f.value, f.low, f.high] for f in figures] for figures in columns], dtype=np.float64).reshape(len(columns), -1, 3)
+    seeds = given.shape[1]
+    given = np.ascontiguousarray(given.transpose(2, 0, 1))  # [3, C, S], None as NaN
+    there = np.asarray(~np.isnan(given).any(axis=2))
+    finite = np.isfinite(given[0]).all(axis=1)
+    values = np.where(finite[:, None], given[0], 0.0)
+    means, stderr = values.mean(axis=1), values.std(axis=1, ddof=1) / math.sqrt(seeds)
+    with np.errstate(invalid="ignore"):
+        lows, highs = given[1].mean(axis=1), given[2].mean(axis=1)
+    t = t_quantile(seeds - 1)
+    found = []
+    for c, figures in enumerate(columns):
+        worst = max({f.status for f in figures}, key=TRUST.index)
+        n, reason = sum([f.n for f in figures]), next(f.reason for f in figures if f.status == worst)
+        if finite[c]:
+            value, error = float(means[c]), float(stderr[c])
+            low = value - math.hypot(t * error, value - float(lows[c])) if there[1, c] else None
+            high = value + math.hypot(t * error, float(highs[c]) - value) if there[2, c] else None
+            found.append(Estimate(value, low, high, error, n, None, worst, reason))
+        else:
+            x = math.inf if there[0, c] else None
+            found.append(Estimate(x, x, x, n=n, status=worst, reason=reason))
+    return found
 
 
 def _places(free: Sequence[Array]) -> list[tuple[int, int]]:
@@ -115,7 +125,9 @@ def _welch(free: Sequence[Array], first: NDArray[np.intp], second: NDArray[np.in
     a, b = (mean[first], sd[first], seeds[first]), (mean[second], sd[second], seeds[second])
     flat = np.maximum(a[1], b[1]) <= 1e-12 * np.maximum(1.0, np.abs(a[0]))  # seeds that agree up to rounding
     spread = np.where(flat, 1.0, a[1])  # any: not looked at
-    p = np.asarray(ttest_ind_from_stats(a[0], spread, a[2], *b, equal_var=False).pvalue)
+    own, other = spread**2 / a[2], b[1] ** 2 / b[2]  # variances of the means
+    dof = (own + other) ** 2 / (own**2 / (a[2] - 1) + other**2 / (b[2] - 1))
+    p = 2 * stdtr(dof, -np.abs(a[0] - b[0]) / np.sqrt(own + other))
     p = np.where(flat, np.where(np.isclose(a[0], b[0], rtol=1e-9), 1.0, 0.0), p)
     both, neither = finite[first] & finite[second], ~finite[first] & ~finite[second]
     return np.where(both, p, np.where(neither, 1.0, 0.0))

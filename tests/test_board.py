@@ -21,7 +21,7 @@ from klbench import board
 from klbench.board import Board
 from klbench.errors import UserError
 from klbench.estimate import Estimate, exactly, undefined
-from klbench.page import figures
+from klbench.page import axes, figures
 from klbench.record import FrontierPoint, Record, Run, Sample, Score, Train
 
 
@@ -169,7 +169,7 @@ def test_frontier_is_solid_dashed_and_absent() -> None:
 
 @pytest.mark.parametrize("top", [0.003, 0.7, 1.0, 2.6, 11.4, 300.0])
 def test_ticks_are_apart_and_inside(top: float) -> None:
-    at = [math.sqrt(t / top) for t in figures.ticks(top, 0.2)]
+    at = [math.sqrt(t / top) for t in axes.ticks(top, 0.2)]
     assert at[0] == 0.0 and len(at) >= 3 and at[-1] <= 1.0 and min(np.diff(at)) > 0.15
 
 

@@ -115,7 +115,7 @@ def test_help_needs_neither_torch_nor_numpy_nor_rich() -> None:
 
 def test_what_later_issues_bring_is_not_there_yet() -> None:
     commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
-    every = "accuracy claims doctor export leaderboard ls new reward run score tasks train train-reward validate"
+    every = "accuracy check claims doctor export history leaderboard ls new reward run score tasks train train-reward validate"
     assert sorted(commands) == every.split()
 
 

@@ -25,6 +25,7 @@ FLOORS: dict[str, float] = {
     "klbench.rows": 0.1,
     "klbench.ranks": 0.1,  # paired differences and certain brackets, from per-prompt arrays
     "klbench.archive": 0,  # npz files of strangers
+    "klbench.shares": 0,  # work on all cores, by forking
     "klbench.streams": 0,
     "klbench.included": 0,  # code of users by path, for the two contracts
     "klbench.batch": 0,
@@ -32,6 +33,8 @@ FLOORS: dict[str, float] = {
     "klbench.templates": 0,  # what `klbench new` writes
     "klbench.truths": 1.5,  # estimates beside exact values, below board
     "klbench.page": 1.5,  # templates and figures of a board's pages, below board
+    "klbench.page.timeline": 1.6,  # drawn as figures are
+    "klbench.page.axes": 1.4,  # ticks and orders, without matplotlib
     "klbench.page.views": 2.1,  # a board as plain data
     "klbench.page.site": 2.2,  # and as files
     "klbench.record": 1,
@@ -81,6 +84,12 @@ FLOORS: dict[str, float] = {
     "klbench.task_checks": 4,
     "klbench.convergence": 4.05,  # where training ends, by the laws' tables
     "klbench.gate": 4,
+    "klbench.gate.sides": 4.1,  # each reads the one above it
+    "klbench.gate.compare": 4.2,
+    "klbench.gate.calibration": 4.3,
+    "klbench.gate.calibrate": 5.3,  # retrains and recomputes
+    "klbench.gate.report": 5.2,  # writes to the terminal
+    "klbench.history": 4.2,
     "klbench.progress": 4,
     "klbench.executors": 4.4,  # the contract; below run, which hands executors work: they know a callable and nothing of runs
     "klbench.executors.local": 4.5,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from test_board import certified, record
 from klbench.board import Board
 from klbench.errors import UserError
 from klbench.estimate import Estimate
-from klbench.page import figures, site, views
+from klbench.page import axes, site, views
 from klbench.record import Record, Sample
 
 
@@ -103,8 +104,7 @@ def test_pages_take_the_place_of_older_ones_and_of_nobody_else_s(records: list[R
 
 
 def test_shared_out_among_processes_the_files_are_the_same(records: list[Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(site, "SHARE", 2)
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    shared_by(2, monkeypatch)
     site.write(Board.of(records), tmp_path / "two")
     there = {str(path.relative_to(tmp_path / "two")) for path in (tmp_path / "two").rglob("*.*")}
     assert there == set(made := files(records)) and all((tmp_path / "two" / name).read_text("utf-8") == made[name] for name in made)
@@ -112,6 +112,75 @@ def test_shared_out_among_processes_the_files_are_the_same(records: list[Record]
     with pytest.raises(ZeroDivisionError):
         site.write(Board.of(records), tmp_path / "none")
     assert not (tmp_path / "none" / "index.html").exists()
+
+
+def shared_by(processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(site, "WORTH", 1)
+    monkeypatch.setattr(site, "CHUNK", 1)
+    monkeypatch.setattr("klbench.shares.cores", lambda: processes)
+
+
+def filed(records: list[Record], folder: Path) -> Path:
+    (folder / "records").mkdir(parents=True)
+    for one in records:
+        (folder / "records" / f"{one.run.id}.json").write_text(one.to_json(), encoding="utf-8")
+    return folder
+
+
+def bytes_in(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.*") if path.is_file()}
+
+
+@pytest.mark.parametrize("processes", [1, 2, 5])
+def test_built_from_files_by_any_number_of_processes_the_files_are_those_of_the_records(
+    records: list[Record], processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Among them seeds of methods with curves, another table, and the longest frontier in one record alone."""
+    rng = np.random.default_rng(1)
+    curve = [{"samples": 64.0 * k, "reverse_kl": 1.0 / k, "wasted_nats": 0.5 / k, "reward": 0.1 * k} for k in (1, 2)]
+    seeds = [record(m, list(rng.normal(0.3, 0.1, 40)), 0.3, seed=s, curve=curve) for m in ("dpo", "ppo") for s in range(5)]
+    other = record("rloo", [0.1, 0.2], task="zoo", truths={"reverse_kl": 0.1})
+    short = [r.model_copy(update={"frontier": r.frontier[k % 3 :]}) for k, r in enumerate([*records, *seeds])]
+    every = [*short, other]
+    shared_by(processes, monkeypatch)
+    folder = filed(every, tmp_path / "board")
+    assert site.build(folder) == folder / "index.html"
+    built = {name: content for name, content in bytes_in(folder).items() if not name.startswith("records")}
+    board = Board.of(every)
+    wanted = {**dict(site.site(board)), **{name: text() for name, text in board.files().items()}}
+    assert set(built) == set(wanted) and "methods.csv" in built
+    assert [name for name, text in wanted.items() if built[name] != text.encode()] == []
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda text: text[: len(text) // 2], "the file: "),
+        (lambda text: text.replace('"free": [\n   ', '"free": [\n   NaN,\n   ', 1), "prompts.free.0: "),
+        (lambda text: text.replace('"schema_version": 1', '"schema_version": 7'), "schema_version: a record of schema 7"),
+        (lambda text: text.replace('"status": "certified"', '"status": "fine"', 1), "columns."),
+    ],
+)
+def test_of_records_that_are_not_sound_the_first_is_refused_by_name_and_nothing_is_written(
+    records: list[Record], processes: int, spoil: Callable[[str], str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared_by(processes, monkeypatch)
+    folder = filed(records, tmp_path / "board")
+    site.build(folder)
+    before = bytes_in(folder)
+    paths = sorted((folder / "records").iterdir())
+    sound = paths[1].read_text(encoding="utf-8")
+    for path in paths[1:3]:
+        path.write_text(spoil(path.read_text(encoding="utf-8")), encoding="utf-8")
+        assert path.read_bytes() != before[f"records/{path.name}"]
+    with pytest.raises(UserError, match="^" + re.escape(f"{paths[1]}: {says}")):
+        site.build(folder)
+    paths[1].write_text(sound, encoding="utf-8")
+    with pytest.raises(UserError, match="^" + re.escape(f"{paths[2]}: {says}")):
+        site.build(folder)
+    after = bytes_in(folder)
+    assert {name for name in after if after[name] != before.get(name)} == {f"records/{paths[2].name}"}
 
 
 def test_published_pages_are_what_the_records_make() -> None:
@@ -300,4 +369,4 @@ def test_that_command_asks_for_the_run_itself() -> None:
 def test_figures_are_coloured_by_the_page(records: list[Record]) -> None:
     text = files(records)["index.html"]
     assert text.count("<svg") == 1 and "var(--accent)" in text and "foreignobject" not in text.lower()
-    assert figures.ticks(50.0, 0.12) == [0.0, 1.0, 5.0, 10.0, 20.0, 50.0]
+    assert axes.ticks(50.0, 0.12) == [0.0, 1.0, 5.0, 10.0, 20.0, 50.0]

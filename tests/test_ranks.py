@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy.special import stdtr
 
 from klbench import ranks
 from klbench.estimate import t_quantile
@@ -18,15 +19,15 @@ def test_holm_by_hand() -> None:
     assert list(ranks.holm([])) == []
 
 
-def test_paired_p_by_hand() -> None:
-    # mean 2, standard error 1/sqrt(3), 2 degrees of freedom, for which p = 1 - t / sqrt(2 + t^2) with t^2 = 12.
-    assert ranks.paired_p(np.array([1.0, 2.0, 3.0])) == pytest.approx(1 - math.sqrt(12 / 14))
-    assert ranks.paired_p(np.array([-1.0, -2.0, -3.0])) == pytest.approx(1 - math.sqrt(12 / 14))
+def test_paired_t_by_hand() -> None:
+    # mean 2, standard error 1/sqrt(3)
+    assert ranks.paired_t(np.array([1.0, 2.0, 3.0])) == pytest.approx(math.sqrt(12))
+    assert ranks.paired_t(np.array([-1.0, -2.0, -3.0])) == pytest.approx(math.sqrt(12))
 
 
-@pytest.mark.parametrize(("d", "p"), [([0.0, 0.0, 0.0], 1.0), ([1e-15, -2e-15], 1.0), ([5.0], 1.0), ([0.3, 0.3, 0.3], 0.0)])
-def test_paired_p_where_t_has_no_spread(d: list[float], p: float) -> None:
-    assert ranks.paired_p(np.array(d)) == p
+@pytest.mark.parametrize(("d", "t"), [([0.0, 0.0, 0.0], 0.0), ([1e-15, -2e-15], 0.0), ([5.0], 0.0), ([0.3, 0.3, 0.3], math.inf)])
+def test_paired_t_where_there_is_no_spread(d: list[float], t: float) -> None:
+    assert ranks.paired_t(np.array(d)) == t
 
 
 def test_rank_ranges_by_hand() -> None:
@@ -42,6 +43,48 @@ def test_holm_widens_the_ranks() -> None:
     noisy = np.array([100.0, -100.0, 50.0])
     assert ranks.rank_ranges(np.stack([first, second])) == [(1, 1), (2, 2)]
     assert ranks.rank_ranges(np.stack([first, second, noisy])) == [(1, 3)] * 3  # .09 after Holm
+
+
+def by_every_pair(free: np.ndarray) -> list[tuple[int, int]]:
+    """Ranks as the module's formula says them: a p value a pair, Holm over all of them."""
+    first, second = np.triu_indices(len(free), 1)
+    p = 2 * stdtr(free.shape[1] - 1, -ranks.paired_t(free[first] - free[second]))
+    differ, lower = ranks.holm(p) <= 1 - ranks.LEVEL, free.mean(1)[first] < free.mean(1)[second]
+    better, worse = np.where(lower, first, second)[differ], np.where(lower, second, first)[differ]
+    return [(1 + int((worse == k).sum()), len(free) - int((better == k).sum())) for k in range(len(free))]
+
+
+@pytest.mark.parametrize("block", [1, 40, ranks.BLOCK])
+@pytest.mark.parametrize("seed", range(6))
+def test_many_policies_have_the_ranks_of_every_pair(seed: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some of them equal, some apart by the same at each prompt, some by less than a product of matrices can see."""
+    monkeypatch.setattr(ranks, "BLOCK", block)
+    rng = np.random.default_rng(seed)
+    free = rng.normal(0, 0.3, (24, 9)) + rng.gamma(2, 0.5, (24, 1)) + 50 * rng.normal(size=9)
+    free[1], free[2], free[3], free[4] = free[0], free[0] + 0.5, free[0] + 1e-9 * rng.normal(size=9), free[0] + 1e-9
+    assert ranks.rank_ranges(free) == by_every_pair(free)
+    assert len(set(ranks.rank_ranges(free))) > 5
+
+
+def test_a_difference_below_what_a_product_of_matrices_sees_is_summed(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    free = rng.normal(size=(3, 8))
+    free[1] = free[0] + 1e-9 * (1 + 0.01 * rng.normal(size=8))
+    assert ranks.rank_ranges(free) == by_every_pair(free) == [(1, 2), (2, 3), (1, 3)]
+    monkeypatch.setattr(ranks, "NEAR", 0.0)
+    assert ranks.rank_ranges(free) == [(1, 3)] * 3
+
+
+def test_nobody_s_bracket_needs_more_than_the_contenders() -> None:
+    rng = np.random.default_rng(0)
+    free, stderr = rng.normal(0, 2, (30, 5)), rng.gamma(1, 0.3, (30, 5))
+    contenders = ranks.contenders(free, stderr)
+    for own in np.argsort(free.mean(axis=1)):
+        others, best = [k for k in range(30) if k != own], [k for k in contenders if k != own]
+        whole = ranks.certain_bracket(free[own], stderr[own], free[others], stderr[others], None)
+        assert ranks.certain_bracket(free[own], stderr[own], free[best], stderr[best], None, 29) == whole
+    assert whole[0] > 0  # of the farthest
+    assert ranks.certain_bracket(free[own], stderr[own], free[best], stderr[best], None) != whole  # Bonferroni is over all of them
 
 
 def test_log_z_of_a_prompt_moves_no_rank() -> None:

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from klbench import record
 from klbench.errors import UserError
 from klbench.estimate import Estimate
-from klbench.record import FrontierPoint, Record, Run, Sample, Score, Train, digest, write_atomically
+from klbench.record import Filed, FrontierPoint, Record, Run, Sample, Score, Train, digest, write_atomically
 
 ASKED: dict[str, Any] = {
     "task": "toxicity/threat", "task_version": 1, "method": "best_of_n:4", "kind": "sampler", "prior": "mini", "beta": 0.25, "seed": 3,
@@ -98,7 +98,7 @@ def test_a_number_that_is_not_finite_is_not_written(bad: float) -> None:
         a_record(prompts={"free": [bad, 0.0]}).to_json()
 
 
-def spoilt(path: list[str], value: Any) -> str:
+def spoilt(path: list[str | int], value: Any) -> str:
     data = json.loads(a_record().to_json())
     at = data
     for part in path[:-1]:
@@ -114,7 +114,12 @@ def spoilt(path: list[str], value: Any) -> str:
         (spoilt(["run", "colour"], 1), "run.colour"),
         (spoilt(["columns", "reverse_kl", "status"], "fine"), "columns.reverse_kl"),
         (spoilt(["columns", "reverse_kl"], 5), "columns.reverse_kl"),
-        (spoilt(["columns", "reverse_kl", "vlaue"], 5), "columns.reverse_kl"),
+        (spoilt(["columns", "reverse_kl", "vlaue"], 5), "columns.reverse_kl.vlaue"),
+        (spoilt(["columns", "reverse_kl", "low"], math.nan), "columns.reverse_kl"),
+        (spoilt(["prompts", "free"], [0.1, math.nan]), "prompts.free.1"),
+        (spoilt(["samples"], [{"prompt": "", "completion": "", "reward": math.inf, "log_p0": 0, "log_q": 0}]), "samples.0.reward"),
+        (spoilt(["frontier", 0, "kl"], math.nan), "frontier.0.kl"),
+        (spoilt(["cost", "machine"], {"seconds": [math.inf]}), "cost"),
         (spoilt(["schema_version"], 2), "schema_version"),
         (spoilt(["prompts", "free"], ["a"]), "prompts.free.0"),
         ('{"run": ', "the file"),
@@ -128,6 +133,72 @@ def test_a_bad_record_names_file_and_key(text: str, says: str, tmp_path: Path) -
     with pytest.raises(UserError) as error:
         Record.read(path)
     assert str(error.value).startswith(f"{path}: {says}: ")
+
+
+SMALL = [1e-4, 9.9e-5, 1.5e-05, -2e-5, 3e-06, -4.25e-7, 1e-9, 1.5e-10, 1e-300, 10.00001, 0.0, -0.0, 1e15, 1e16, 1.7e308, 0.1, 123456.0]
+
+
+def told(change: dict[str, Any]) -> Record:
+    texts = '1e-5",\n 0.00001\n\\ "cost": \u2028 \x7f \t <é>'
+    sample = Sample(prompt=texts, completion="", reward=1e-5, log_p0=-1e-6, log_q=None)
+    curve = [{"step": 1e-5, "b": 2.0}, {"b": 3.0, "a": 1e-6}]
+    fields = {"prompts": {"free": SMALL[:2], "a": SMALL}, "samples": [sample], "curve": curve, "notes": [texts, ""]}
+    return a_record(**{**fields, **change})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {}, {"truths": {"reverse_kl": math.inf, "tv": 0.1}}, {"cost": {"z": {"b": 1, "a": [{"d": 1e-5, "c": {}}]}, "a": []}}, {"curve": []},
+        {"run": Run(**ASKED, train=Train(search=(0.5,)), hashes={"b": "1", "a": "2"})}, {"cost": {}}, {"columns": {}},
+    ],
+)  # fmt: skip
+def test_what_is_hashed_of_a_file_is_what_is_hashed_of_its_record(change: dict[str, Any], tmp_path: Path) -> None:
+    there, path = told(change), tmp_path / "a.json"
+    path.write_text(there.to_json(), encoding="utf-8")
+    filed = Filed.read(path)
+    assert filed.record == there and filed == Filed.of(filed.record)
+    assert filed.sha256 == digest(there.comparable()) and filed.id == there.run.id
+    assert filed.columns == json.dumps(there.comparable()["columns"], sort_keys=True, ensure_ascii=False)
+
+
+def test_most_files_need_not_be_written_again_to_be_hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(told({"prompts": {"free": [x for x in SMALL if x < 1e16][:2]}}).to_json(), encoding="utf-8")
+    monkeypatch.setattr(Filed, "of", None)
+    assert Filed.read(path).sha256
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda text: json.dumps(json.loads(text)),
+        lambda text: json.dumps(dict(reversed(json.loads(text).items())), indent=1, ensure_ascii=False) + "\n",
+        lambda text: text.replace('"kl": 0.25', '"kl": 0.250'),
+        lambda text: text.replace('"lam": 1.0', '"lam": 1'),
+        lambda text: text.replace('"b": 2.0,\n   "step": 1e-05', '"step": 1e-05,\n   "b": 2.0'),
+        lambda text: text.replace('"step": 1e-05', '"step": 0.00001'),
+        lambda text: text.replace('"samples": 64', '"samples":  64'),
+        lambda text: text.replace("<é>", "<\\u00e9>"),
+        lambda text: text.replace('"seed": 3', '"seed": 4,\n  "seed": 3'),
+        lambda text: text.rstrip("\n"),
+    ],
+)
+def test_a_file_laid_out_in_another_way_says_the_same(edit: Any, tmp_path: Path) -> None:
+    path, text = tmp_path / "a.json", told({}).to_json()
+    path.write_text(edit(text), encoding="utf-8")
+    assert path.read_text(encoding="utf-8") != text
+    assert Filed.read(path) == Filed.of(Record.read(path))
+    assert Filed.read(path).sha256 == digest(told({}).comparable())
+
+
+def test_a_digit_moves_the_hash_and_the_machine_does_not(tmp_path: Path) -> None:
+    path, text = tmp_path / "a.json", told({}).to_json()
+    hashes = []
+    for edited in (text, text.replace('"seconds": 1.5', '"seconds": 99.25'), text.replace('"kl": 0.25', '"kl": 0.26')):
+        path.write_text(edited, encoding="utf-8")
+        hashes.append(Filed.read(path).sha256)
+    assert hashes[0] == hashes[1] != hashes[2]
 
 
 def test_a_record_that_cannot_be_read(tmp_path: Path) -> None:

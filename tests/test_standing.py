@@ -12,7 +12,7 @@ from test_board import certified, record
 from klbench.board import Board
 from klbench.estimate import Estimate, exactly, undefined
 from klbench.record import Record
-from klbench.standing import over_seeds, standings
+from klbench.standing import _welch, over_seeds, standings
 
 
 def seeds_of(method: str, means: list[float], **change: object) -> list[Record]:
@@ -24,12 +24,12 @@ def seeds_of(method: str, means: list[float], **change: object) -> list[Record]:
 
 def stand(records: list[Record]) -> dict[str, tuple[int, int]]:
     free = {r.run.id: np.array(r.prompts["free"]) for r in records}
-    return {s.method: s.rank for s in standings(records, {r.run.id: r.columns for r in records}, free)}
+    return {s.method: s.rank for s in standings({r.run.id: r for r in records}, {r.run.id: r.columns for r in records}, free)}
 
 
 def test_a_figure_over_seeds_by_hand() -> None:
     values = [0.10, 0.12, 0.14, 0.11, 0.13]
-    found = over_seeds([certified(x, 0.01, up=0.02) for x in values])
+    found = over_seeds([[certified(x, 0.01, up=0.02) for x in values]])[0]
     assert found.value == pytest.approx(0.12) and found.status == "certified" and found.n == 5 * 256
     spread = stats.t.ppf(0.975, 4) * np.std(values, ddof=1) / math.sqrt(5)
     own = 2.1447866879169273 * 0.01
@@ -39,11 +39,27 @@ def test_a_figure_over_seeds_by_hand() -> None:
 
 def test_the_least_trusted_seed_speaks_for_all() -> None:
     doubtful = Estimate(0.3, status="uncertified", reason="reach 0.2")
-    found = over_seeds([certified(0.1), certified(0.2), doubtful])
+    found = over_seeds([[certified(0.1), certified(0.2), doubtful]])[0]
     assert (found.status, found.reason, found.low, found.high) == ("uncertified", "reach 0.2", None, None)
     assert found.value == pytest.approx(0.2)
-    assert over_seeds([certified(0.1), undefined("no density")]).value is None
-    assert over_seeds([certified(0.1), exactly(math.inf)]).value == math.inf
+    assert over_seeds([[certified(0.1), undefined("no density")]])[0].value is None
+    assert over_seeds([[certified(0.1), exactly(math.inf)]])[0].value == math.inf
+
+
+def test_methods_are_compared_by_welch() -> None:
+    rng = np.random.default_rng(0)
+    free = [rng.normal(0, scale, size) for scale, size in ((1.0, 5), (0.1, 7), (3.0, 6))]
+    first, second = np.triu_indices(3, 1)
+    wanted = [stats.ttest_ind(free[a], free[b], equal_var=False).pvalue for a, b in zip(first, second, strict=True)]
+    assert _welch(free, first, second) == pytest.approx(wanted, rel=1e-9)
+    pooled = [stats.ttest_ind(free[a], free[b]).pvalue for a, b in zip(first, second, strict=True)]
+    assert _welch(free, first, second) != pytest.approx(pooled, rel=1e-3)
+
+
+def test_columns_do_not_mix() -> None:
+    """Several at once are each by itself: a column without a value or an infinite one leaves its neighbours alone."""
+    columns = [[certified(0.1), certified(0.2)], [certified(0.1), undefined("no density")], [certified(0.3), exactly(math.inf)]]
+    assert over_seeds(columns) == [over_seeds([column])[0] for column in columns]
 
 
 def test_five_seeds_make_a_method_and_four_do_not() -> None:

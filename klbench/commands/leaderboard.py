@@ -21,13 +21,9 @@ def build(
     out: Annotated[Path | None, typer.Option(help="directory for the pages  [default: DIR]")] = None,
 ) -> None:
     """Build board.json, board.csv and the pages from records."""
-    from klbench import run as grid
-    from klbench.record import Pooled, checked_in
+    from klbench.page import site
 
-    records = grid.records_in(directory)
-    where = out or directory
-    grid.publish(where, records, grid.manifest_in(directory), pools=Pooled.all_in(directory), checked=checked_in(directory))
-    print(where / "index.html")
+    print(site.build(directory, out))
 
 
 @leaderboard.command()

@@ -20,6 +20,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.transforms import IdentityTransform
 
+from klbench.estimate import Array
+from klbench.page.axes import ticks
+
 # Colours nobody would choose: each is exchanged for the CSS variable beside it, and so follows light and dark.
 INK: Final = "#000001"
 MUTED: Final = "#000002"
@@ -71,27 +74,6 @@ class Place:
     role: str
     reward: tuple[float, float, float]
     kl: tuple[float, float, float]
-
-
-def root(x: float) -> float:
-    """sqrt(max(x, 0)): where a figure of x nats stands on the axis."""
-    return math.sqrt(max(x, 0.0))
-
-
-def ticks(top: float, gap: float = 0.2) -> list[float]:
-    """0 and round numbers (1, 2, 5 times a power of ten) up to `top`, at least `gap` of the square-root axis apart."""
-    if not top > 0:
-        return [0.0]
-    power = math.floor(math.log10(top))
-    chosen: list[float] = []
-    last = math.inf
-    for digits in (5, 2, 1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01):
-        x = digits * 10.0**power
-        at = root(x / top)
-        if at <= 1.0 and last - at >= gap and at >= gap * 0.8:
-            chosen.append(float(f"{x:.6g}"))
-            last = at
-    return [0.0, *reversed(chosen)]
 
 
 def segments(frontier: Sequence[Point]) -> tuple[list[Point], list[Point]]:
@@ -165,6 +147,13 @@ def _root_axis(ax: Any, top: float, gap: float) -> None:
     ax.yaxis.set_minor_locator(mpl.ticker.NullLocator())
 
 
+# Where a name may stand around its point, the best places first.
+_ANGLES: Final = np.radians([0, 180, 40, -40, 140, -140, 90, -90, 65, -65, 115, -115, 20, -20, 160, -160])
+_DISTANCES: Final = np.array([9, 16, 24, 34, 46, 60, 76, 94], dtype=np.float64)  # pixels
+RINGS: Final = np.repeat(_DISTANCES, len(_ANGLES))
+COSINES, SINES = (np.tile(f(_ANGLES), len(_DISTANCES)) for f in (np.cos, np.sin))
+
+
 def _label(ax: Any, canvas: FigureCanvasAgg, places: Sequence[Place]) -> None:
     """Names beside the points: of the places around a point, the nearest free one; a thin line leads to names that stand off."""
     ax.autoscale_view()
@@ -180,22 +169,13 @@ def _label(ax: Any, canvas: FigureCanvasAgg, places: Sequence[Place]) -> None:
         text = ax.text(0, 0, place.label, fontsize=9.5)
         size = text.get_window_extent(renderer)
         text.remove()
-        best: tuple[float, float, float, bool] | None = None
-        names = np.array(taken)
-        for ring in (9, 16, 24, 34, 46, 60, 76, 94):
-            for angle in (0, 180, 40, -40, 140, -140, 90, -90, 65, -65, 115, -115, 20, -20, 160, -160):
-                dx, dy = ring * math.cos(math.radians(angle)), ring * math.sin(math.radians(angle))
-                left = dx - size.width * (1 - math.cos(math.radians(angle))) / 2
-                low = dy - size.height / 2
-                box = (x + left - 1, y + low, x + left + 1 + size.width, y + low + size.height)
-                if box[0] < inside.x0 + 2 or box[2] > inside.x1 - 2 or box[1] < inside.y0 + 2 or box[3] > inside.y1:
-                    continue
-                cost = ring + 400.0 * _hits(box, names) + 25.0 * _hits(box, lines)
-                if best is None or cost < best[0]:
-                    best = (cost, left, low, ring > 16)
-            if best is not None and best[0] <= ring:
-                break  # free, and no wider ring can be nearer
-        _, left, low, away = best or (0.0, 7.0, -size.height / 2, False)
+        lefts = RINGS * COSINES - size.width * (1 - COSINES) / 2
+        lows = RINGS * SINES - size.height / 2
+        boxes = np.stack([x + lefts - 1, y + lows, x + lefts + 1 + size.width, y + lows + size.height])
+        fits = (boxes[0] >= inside.x0 + 2) & (boxes[2] <= inside.x1 - 2) & (boxes[1] >= inside.y0 + 2) & (boxes[3] <= inside.y1)
+        cost = np.where(fits, RINGS + 400.0 * _hits(boxes, np.array(taken)) + 25.0 * _hits(boxes, lines), np.inf)
+        best = int(np.argmin(cost))  # the first of equals: rings and angles stand in order of preference
+        left, low, away = (float(lefts[best]), float(lows[best]), RINGS[best] > 16) if fits.any() else (7.0, -size.height / 2, False)
         taken.append((x + left - 1, y + low, x + left + 1 + size.width, y + low + size.height))
         ax.text(x + left, y + low, place.label, fontsize=9.5, va="bottom", transform=IdentityTransform())
         if away:
@@ -203,16 +183,10 @@ def _label(ax: Any, canvas: FigureCanvasAgg, places: Sequence[Place]) -> None:
             ax.plot([x, end[0]], [y, end[1]], color=MUTED, linewidth=0.5, transform=IdentityTransform(), zorder=1)
 
 
-def _hits(box: tuple[float, float, float, float], others: Any) -> int:
-    """How many of others [N, 4] = (left, low, right, high) the box touches."""
-    left, low, right, high = box
-    return int(((others[:, 0] <= right) & (others[:, 2] >= left) & (others[:, 1] <= high) & (others[:, 3] >= low)).sum())
-
-
-def keys_of(curve: Sequence[dict[str, float]]) -> list[str]:
-    """What a training curve holds beside its step: reward and kl_prior first, the rest by name."""
-    found = {key for point in curve for key in point} - {"step"}
-    return [*(k for k in ("reward", "kl_prior") if k in found), *sorted(found - {"reward", "kl_prior"})]
+def _hits(boxes: Array, others: Array) -> Array:
+    """[M] how many of others [N, 4] = (left, low, right, high) each of boxes [4, M] touches."""
+    left, low, right, high = boxes[..., None]
+    return ((others[:, 0] <= right) & (others[:, 2] >= left) & (others[:, 1] <= high) & (others[:, 3] >= low)).sum(axis=1)
 
 
 def learning(curves: Mapping[str, Sequence[tuple[float, float, float]]], name: str) -> str:

@@ -11,96 +11,147 @@ What is written depends on the board alone. pages/ is made beside the old one an
 
 from __future__ import annotations
 
-import errno
+import gc
 import math
-import os
 import shutil
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import jinja2
 from markupsafe import Markup
 
-from klbench.board import Board, Row, Table, plain
+from klbench import shares
+from klbench.board import Board, Row, Table, alike, manifest_in, plain, records_of, span
 from klbench.errors import UserError
 from klbench.estimate import Estimate
-from klbench.page import figures, views
-from klbench.record import write_atomically
+from klbench.page import views
+from klbench.page.views import Said
+from klbench.record import Filed, Pooled, checked_in, write_atomically
 from klbench.truths import verdict
+
+T = TypeVar("T")
 
 SCRIPTS: Final = ("shared.js", "front.js", "policy.js", "compare.js")
 VENDOR: Final = {"d3.min.js": "LICENSE.d3", "plot.umd.min.js": "LICENSE.plot", "table-core.min.js": "LICENSE.table-core"}
-SHARE: Final = 1000  # policies whose pages are worth a process
+WORTH: Final = 100  # policies for which a process is started
+CHUNK: Final = 40  # policies in one piece of shared work, at least: what comes back of them is half a megabyte
+CHUNKS: Final = 500  # pieces, at most
 STATIC_FIGURES: Final = 6  # tables whose planes are also drawn into the HTML; one costs a third of a second
 STATIC_PLACES: Final = 32  # policies on such a plane, the nearest to the posterior
 
 
-def write(board: Board, folder: Path) -> None:
-    """Every file of the site into `folder`. Raises UserError where pages/ there is somebody else's.
+def build(directory: Path, out: Path | None = None) -> Path:
+    """Board and pages of a directory's records, in `out` or beside them; its index.html.
 
-    Pages of thousands of policies are shared out among the cores."""
+    What a record costs (reading, hashing, its page) is shared out among the cores. Raises UserError, before anything is written, for a
+    record that cannot be read and where the records make no board.
+    """
+    manifest = manifest_in(directory)
+    paths, where = records_of(directory, manifest), out or directory
+    with _uncollected():
+        read = [each for chunk in shares.done([partial(_read, c) for c in _chunks(paths, CHUNK)], _processes(paths)) for each in chunk]
+        board = Board.joined((filed for filed, _ in read), manifest, Pooled.all_in(directory), checked_in(directory))
+        besides = [partial(_file, where / name, text) for name, text in board.files().items()]
+        try:
+            where.mkdir(parents=True, exist_ok=True)
+            _write(board, where, {filed.id: said for filed, said in read}, besides)
+        except OSError as error:
+            raise UserError(f"{where} cannot be written: {error.strerror}") from None
+    return where / "index.html"
+
+
+def write(board: Board, folder: Path) -> None:
+    """Every file of the site into `folder`. Raises UserError where pages/ there is somebody else's."""
+    _write(board, folder, {}, [])
+
+
+def _write(board: Board, folder: Path, said: Mapping[str, Said], besides: Sequence[Callable[[], Any]]) -> None:
+    """said: of records that were read by `build`, by id.  besides: what else is to be done on the way."""
     pages, fresh, old = (folder / name for name in ("pages", ".pages.new", ".pages.old"))
     if pages.exists() and not (pages / "compare.html").is_file():
         raise UserError(f"{pages} is not klbench's: it has no compare.html; move it away to have the pages written")
     for left in (fresh, old):
         shutil.rmtree(left, ignore_errors=True)
     fresh.mkdir(parents=True)
-    rows = board.rows
-    shares = max(1, min(os.cpu_count() or 1, len(rows) // SHARE))
-    helpers = [_forked(partial(_put, fresh, _policies(board, rows[k::shares]))) for k in range(1, shares)]
-    try:
-        _put(fresh, _shared(board))
-        _put(fresh, _policies(board, rows[::shares]))
-    finally:
-        failed = [pid for pid in helpers if os.waitpid(pid, 0)[1]]
-    if failed:
-        raise OSError(errno.EIO, "a process that wrote pages failed")
+    told = _told(said)
+    numbered = list(enumerate(views.shards(board)))
+    work: list[Callable[[], Any]] = [partial(_front, board), *besides, partial(_put, fresh, partial(_shared, board, told))]
+    work += [partial(_put, fresh, partial(_policies, board, c, told)) for c in _chunks(numbered, CHUNK // views.SHARD)]
+    front, *_ = shares.done(work, _processes(board.rows))  # what takes longest is begun first
     if pages.exists():
         pages.rename(old)
     fresh.rename(pages)
-    write_atomically(folder / "index.html", _front(board).encode("utf-8", "replace"))
+    _file(folder / "index.html", lambda: front)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _put(folder: Path, made: Iterable[tuple[str, str]]) -> None:
-    for name, text in made:
-        (folder / name.removeprefix("pages/")).write_bytes(text.encode("utf-8", "replace"))
+def _chunks(items: Sequence[T], least: int) -> list[Sequence[T]]:
+    size = max(least, math.ceil(len(items) / CHUNKS))
+    return [items[k : k + size] for k in range(0, len(items), size)]
 
 
-def _forked(work: Callable[[], None]) -> int:
-    """The process number of a child that does the work and ends: 0 where it was done."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads: the child formats text and writes files
-        pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    return pid
+def _processes(policies: Sequence[Any]) -> int:
+    return max(1, min(shares.cores(), len(policies) // WORTH))
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """A collection of garbage walks through every record and finds none: a third of what reading costs."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def _read(paths: Sequence[Path]) -> list[tuple[Filed, Said]]:
+    """Records with what is said of them, less what only that needs: what comes back from another process is paid for by its size.
+
+    Of comparable records the first with the longest frontier keeps it, since no other's is drawn.
+    """
+    read = [Filed.read(path) for path in paths]
+    longest: dict[tuple[Any, ...], tuple[tuple[float, int], int]] = {}
+    for number, filed in enumerate(read):
+        far = span(filed.record)
+        if far > longest.setdefault(alike(filed.record), (far, number))[0]:
+            longest[alike(filed.record)] = far, number
+    kept = {number for _, number in longest.values()}
+    return [(filed.lean(number in kept), Said.of(filed.record)) for number, filed in enumerate(read)]
+
+
+def _put(folder: Path, made: Callable[[], Iterable[tuple[str, str]]]) -> None:
+    for name, text in made():
+        with open(f"{folder}/{name.removeprefix('pages/')}", "wb") as file:
+            file.write(text.encode("utf-8", "replace"))
+
+
+def _file(path: Path, text: Callable[[], str]) -> None:
+    write_atomically(path, text().encode("utf-8", "replace"), lasting=False)  # all of it can be made again from the records
+
+
+def _told(said: Mapping[str, Said]) -> Callable[[Row], Said]:
+    return lambda row: said.get(row.id) or Said.of(row.record)
 
 
 def site(board: Board) -> Iterator[tuple[str, str]]:
     """(path inside the folder, text) of every file."""
+    told = _told({})
     yield "index.html", _front(board)
-    yield from _shared(board)
-    yield from _policies(board, board.rows)
+    yield from _shared(board, told)
+    yield from _policies(board, list(enumerate(views.shards(board))), told)
 
 
 def _front(board: Board) -> str:
     return _template("index.html.j2").render(**views.front(board), **_figures(board), verdict=verdict(board.truths))
 
 
-def _shared(board: Board) -> Iterator[tuple[str, str]]:
-    """What is in pages/ beside the policies' own pages."""
-    shards = views.shards(board)
-    at = {row.id: number for number, shard in enumerate(shards) for row in shard}
+def _shared(board: Board, told: Callable[[Row], Said]) -> Iterator[tuple[str, str]]:
+    """What is in pages/ beside the policies' own files."""
+    at = {row.id: number for number, (_, shard) in enumerate(views.shards(board)) for row in shard}
     yield "pages/compare.html", _template("compare.html.j2").render()
     yield "pages/board.js", views.script("board", views.data(board, at))
     for name in ("style.css", "site.css", *SCRIPTS):
@@ -108,15 +159,19 @@ def _shared(board: Board) -> Iterator[tuple[str, str]]:
     for name, licence in VENDOR.items():
         yield f"pages/{name}", f"/*\n{asset(f'vendor/{licence}')}*/\n{asset(f'vendor/{name}')}"
     for index, table in enumerate(board.tables):
-        yield f"pages/curves-{index}.js", views.script("curves", views.curves(table))
-    for number, shard in enumerate(shards):
-        yield f"pages/draws-{number}.js", views.script("draws", {row.id: views.draws(row) for row in shard})
+        yield f"pages/curves-{index}.js", views.script("curves", views.curves(table, told))
 
 
-def _policies(board: Board, rows: Iterable[tuple[Table, Row]]) -> Iterator[tuple[str, str]]:
+def _policies(
+    board: Board, shards: Iterable[tuple[int, tuple[Table, Sequence[Row]]]], told: Callable[[Row], Said]
+) -> Iterator[tuple[str, str]]:
+    """The pages of some policies, and the files of their draws."""
     page, origin = _template("policy.html.j2"), views.Origin.of(board.manifest)
-    for table, row in rows:
-        yield f"pages/{row.id}.html", page.render(views.policy(row, table, origin))
+    for number, (table, rows) in shards:
+        said = {row.id: told(row) for row in rows}
+        for row in rows:
+            yield f"pages/{row.id}.html", page.render(views.policy(row, table, origin, said[row.id]))
+        yield f"pages/draws-{number}.js", views.draws(said)
 
 
 @cache
@@ -145,6 +200,8 @@ def _figures(board: Board) -> dict[str, Any]:
 
 
 def _plane(table: Table, index: int) -> Markup | None:
+    from klbench.page import figures  # with matplotlib, which the processes that draw nothing do without
+
     places = []
     standing_for = {standing.method: standing.columns for standing in table.methods}
     for row in table.shown[:STATIC_PLACES]:
@@ -158,6 +215,8 @@ def _plane(table: Table, index: int) -> Markup | None:
 
 
 def _learning(table: Table, index: int) -> Markup | None:
+    from klbench.page import figures
+
     found = {plain(s.method): s.curve for s in table.methods if s.curve}
     return Markup(figures.learning(found, f"{index} {table.title}")) if found else None
 

@@ -6,16 +6,18 @@ klbench/board.py; data carries six digits, which is more than a page prints.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shlex
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from typing import Any, Final, final
 from urllib.parse import quote
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from klbench.board import (
     GLOSSARY,
@@ -33,9 +35,9 @@ from klbench.board import (
     rank_text,
 )
 from klbench.estimate import Estimate, t_quantile
-from klbench.measure import COLUMNS
-from klbench.page.figures import keys_of, ticks
-from klbench.record import Record
+from klbench.measure import COLUMNS, Column
+from klbench.page.axes import keys_of, ticks
+from klbench.record import Record, Sample, Score, Train
 from klbench.standing import TRUST, Standing
 from klbench.truths import views
 
@@ -301,11 +303,11 @@ def _table_data(table: Table, end: float) -> dict[str, Any]:
     }
 
 
-def curves(table: Table) -> dict[str, Any]:
+def curves(table: Table, said: Callable[[Row], Said]) -> dict[str, Any]:
     """Training curves of the nearest policies of a table, by label, and of its methods: what pages/curves-N.js holds."""
-    policies = [row for row in table.shown if row.record.curve][:CURVES]
+    drawn = itertools.islice(((row, steps) for row in table.shown if (steps := said(row).curve)), CURVES)
     return {
-        "policies": [{"label": plain(row.label), "id": row.id, **curve(row.record)} for row in policies],
+        "policies": [{"label": plain(row.label), "id": row.id, **json.loads(steps)} for row, steps in drawn],
         "methods": [
             {
                 "label": plain(s.method),
@@ -335,11 +337,58 @@ def curve(record: Record) -> dict[str, list[float | None]]:
 
 @final
 @dataclass(frozen=True)
+class Said:
+    """What the pages say of a record whoever else is on the board, as text that is ready to be written.
+
+    curve, draws: JSON for scripts, the first "" where nothing was trained.  rows, samples: HTML of its own page, a row a point of the
+    training curve (of these `keys`) and a part a draw; points, drawn: how many there are.
+    """
+
+    curve: str
+    draws: str
+    keys: tuple[str, ...]
+    rows: str
+    points: int
+    samples: str
+    drawn: int
+
+    @classmethod
+    def of(cls, record: Record) -> Said:
+        steps = curve(record)
+        cells = [[f'<td class="figure">{figure_text(x)}</td>' for x in column] for column in steps.values()]
+        rows = [f"<tr>{''.join(row)}</tr>\n" for row in zip(*cells, strict=True)]
+        texts = [(cut(s.prompt), cut(s.completion), s) for s in record.samples]
+        draws = _draws(record, [[prompt, said, short(s.reward), short(s.log_p0), short(s.log_q)] for prompt, said, s in texts])
+        samples = "".join(_sample(*each) for each in texts)
+        return cls(_safe(steps) if rows else "", _safe(draws), tuple(steps), "".join(rows), len(rows), samples, len(texts))
+
+
+def _sample(prompt: Cut, completion: Cut, draw: Sample) -> str:
+    return (
+        f'<div class="sample">\n<div class="said" dir="auto"><span class="prompt" dir="auto">{_text(prompt)}</span>'
+        f'<span class="completion" dir="auto">{_text(completion)}</span></div>\n'
+        f'<p class="numbers">reward {figure_text(draw.reward)} · log <i>p</i><sub>0</sub> {figure_text(draw.log_p0)}'
+        f" · log <i>q</i> {figure_text(draw.log_q)}</p>\n</div>\n"
+    )
+
+
+def _text(given: Cut) -> str:
+    """HTML."""
+    head, rest, left = given
+    if not rest and not left:
+        return str(escape(head))
+    more = f" … and {left:,} in the record" if left else ""
+    summary = f"{len(rest) + left:,} characters more"
+    return f'{escape(head)}<details class="rest"><summary>{summary}</summary>{escape(rest)}{more}</details>'
+
+
+@final
+@dataclass(frozen=True)
 class Origin:
-    """What the pages of all policies of a board say of its run: the words of its command, and versions."""
+    """What the pages of all policies of a board say of its run: the words of its command, and versions as HTML."""
 
     words: tuple[str, ...]
-    facts: tuple[tuple[str, str], ...]
+    facts: str
 
     @classmethod
     def of(cls, manifest: dict[str, Any]) -> Origin:
@@ -350,28 +399,21 @@ class Origin:
                 skip = not skip and "=" not in word
             else:
                 kept.append(word)
-        return cls(tuple(kept), tuple(facts({key: manifest.get(key) for key in ("git", "versions")})))
+        return cls(tuple(kept), _listed(facts({key: manifest.get(key) for key in ("git", "versions")})))
 
 
 OF_A_RUN: Final = ("--out", "--task", "--objective", "--seed", "--workers", "--executor", "--device")
 
 
-def policy(row: Row, table: Table, origin: Origin) -> dict[str, Any]:
+def policy(row: Row, table: Table, origin: Origin, said: Said) -> dict[str, Any]:
     """What policy.html.j2 prints."""
     record, run = row.record, row.record.run
-    steps = curve(record)
     names = [*(n for n in COLUMNS if n in row.columns), *sorted(set(row.columns) - set(COLUMNS))]
-    cost = {key: value for key, value in record.cost.items() if key != "machine"}
-    asked = {"task version": run.task_version, "max_new_tokens": run.max_new_tokens, "train": run.train and run.train.model_dump()}
     return {
         "label": plain(row.label) or "unnamed",
-        "task": plain(run.task) or "unnamed",
         "heading": heading(table),
         "id": plain(row.id),
         "url": quote(row.id),
-        "role": row.role,
-        "kind": run.kind,
-        "method": plain(run.method),
         "seed": run.seed,
         "under": UNDER.get(row.role, ""),
         "rank": rank_text(row),
@@ -381,26 +423,54 @@ def policy(row: Row, table: Table, origin: Origin) -> dict[str, Any]:
         "reason": plain(row.columns["reverse_kl"].reason) if "reverse_kl" in row.columns else "",
         "bracket": bracket_text(row),
         "headline": [_headline(row, n) for n in ("reverse_kl", "wasted_nats", "reward", "kl_prior") if n in row.columns],
-        "columns": [_column_view(row, name) for name in names],
+        "columns": Markup("".join(_column(name, row.columns[name]) for name in names)),
         "notes": [plain(note) for note in record.notes],
-        "curve": list(steps),
-        "steps": Markup(_safe(steps)),
-        "points": [[figure_text(x) for x in point] for point in zip(*steps.values(), strict=True)],
-        "samples": [
-            {
-                "prompt": cut(s.prompt),
-                "completion": cut(s.completion),
-                "reward": figure_text(s.reward),
-                "log_p0": figure_text(s.log_p0),
-                "log_q": figure_text(s.log_q),
-            }
-            for s in record.samples
-        ],
-        "facts": facts({**asked, "score": run.score.model_dump(), "cost": cost, "hash": {**run.hashes, **record.hashes}})
-        + list(origin.facts),
+        "said": said,
+        "facts": Markup(_made(record) + origin.facts),
         "digest": row.sha256,
         "command": again(row, origin),
     }
+
+
+# What many pages have many of is put together here, a template being ten times as slow.
+
+
+def _column(name: str, figure: Estimate) -> str:
+    """A row of the table of all columns."""
+    before, unit, formula, guarded = _about(name)
+    interval = ends_text(figure) if figure.value is not None else ""
+    reason = plain(figure.reason) if figure.reason else ""
+    title = f' title="{escape(reason)}"' if reason else ""
+    return (
+        f'{before}<td class="figure">{figure_text(figure.value)}{unit}</td><td class="left">{interval or "–"}</td>'
+        f"<td{title}>{figure.status if guarded else '–'}</td>{formula}</tr>\n"
+    )
+
+
+@cache
+def _about(name: str) -> tuple[str, str, str, bool]:
+    """Of a column as HTML the start of its row, its unit and its formula; and whether a status guards it."""
+    about = COLUMNS.get(name) or Column(name, "", "", True, "")
+    unit = f'<span class="of"> {escape(about.unit)}</span>' if about.unit else ""
+    return f'<tr><th scope="row">{escape(plain(name))}</th>', unit, f'<td class="formula">{escape(about.formula)}</td>', about.posterior
+
+
+def _made(record: Record) -> str:
+    """What was asked and what it cost."""
+    run = record.run
+    cost = {key: value for key, value in record.cost.items() if key != "machine"}
+    own = {"cost": cost, "hash": {**run.hashes, **record.hashes}}
+    return _listed(facts(own)) + _asked(run.max_new_tokens, run.score, run.task_version, run.train)
+
+
+@lru_cache
+def _asked(max_new_tokens: int, score: Score, version: int, train: Train | None) -> str:
+    given = {"score": score.model_dump(), "train": train and train.model_dump()}
+    return _listed(facts({"max_new_tokens": max_new_tokens, "task version": version, **given}))
+
+
+def _listed(found: Iterable[tuple[str, str]]) -> str:
+    return "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>\n" for key, value in found)
 
 
 def _headline(row: Row, name: str) -> dict[str, str]:
@@ -414,34 +484,25 @@ def _headline(row: Row, name: str) -> dict[str, str]:
     }
 
 
-def _column_view(row: Row, name: str) -> dict[str, str]:
-    figure = row.columns[name]
-    about = COLUMNS.get(name)
-    return {
-        "name": plain(name),
-        "formula": about.formula if about else "",
-        "unit": about.unit if about else "",
-        "value": figure_text(figure.value),
-        "interval": interval_text(row, name),
-        "status": plain(figure.status) if (about is None or about.posterior) else "",
-        "reason": plain(figure.reason),
-    }
-
-
-def shards(board: Board) -> list[list[Row]]:
+def shards(board: Board) -> list[tuple[Table, Sequence[Row]]]:
     """Policies by the file that holds their draws: at most SHARD a file, none of two tables."""
-    return [list(table.rows[k : k + SHARD]) for table in board.tables for k in range(0, len(table.rows), SHARD)]
+    return [(table, table.rows[k : k + SHARD]) for table in board.tables for k in range(0, len(table.rows), SHARD)]
 
 
-def draws(row: Row) -> dict[str, Any]:
-    """The figures of each prompt and the draws."""
-    record = row.record
+def _draws(record: Record, samples: list[list[Any]]) -> dict[str, Any]:
+    """The figures of each prompt and the draws: what a draws-N.js holds of a policy."""
     found = {name: record.prompts.get(name, []) for name in ("free", "reverse_kl", "reward", "kl_prior")}
     return {
         "prompts": [cut(p)[0] for p in record.prompt_ids],
         "figures": {name: [short(x) for x in values] for name, values in found.items() if len(values) == len(record.prompt_ids)},
-        "samples": [[cut(s.prompt), cut(s.completion), short(s.reward), short(s.log_p0), short(s.log_q)] for s in record.samples],
+        "samples": samples,
     }
+
+
+def draws(said: Mapping[str, Said]) -> str:
+    """A draws-N.js: policies by id."""
+    inside = ",".join(f"{_safe(own)}:{said[own].draws}" for own in sorted(said))
+    return f'klbench.take("draws",{{{inside}}});\n'
 
 
 def again(row: Row, origin: Origin) -> str:
@@ -456,7 +517,10 @@ def again(row: Row, origin: Origin) -> str:
 # --- text and data ---
 
 
-def cut(text: str) -> tuple[str, str, int]:
+Cut = tuple[str, str, int]
+
+
+def cut(text: str) -> Cut:
     """A text of a sample as (in sight, behind a click, characters left out).
 
     Line ends and tabs stay, other control and direction characters become �.
@@ -495,7 +559,7 @@ def _command(manifest: dict[str, Any]) -> str:
 
 def short(x: float | None) -> float | None:
     """Six digits; None for NaN, which no JSON has."""
-    return None if x is None or math.isnan(x) else float(f"{x:.6g}")
+    return None if x is None or x != x else float(f"{x:.6g}")
 
 
 def script(name: str, value: Any) -> str:
@@ -505,4 +569,7 @@ def script(name: str, value: Any) -> str:
 
 def _safe(value: Any) -> str:
     """JSON that may stand in a script element."""
-    return json.dumps(value, separators=(",", ":"), sort_keys=True).replace("<", "\\u003c")
+    return JSON.encode(value).replace("<", "\\u003c")
+
+
+JSON: Final = json.JSONEncoder(separators=(",", ":"), sort_keys=True)
