@@ -60,6 +60,18 @@ def test_the_baseline_passes_against_itself_and_not_when_a_figure_is_worse(measu
     assert found.code == 1 and {c.cell.method for c in found.of("regression")} >= {"rloo", "dpo", "dpg"}
 
 
+def test_two_seeds_of_the_quick_suite_pass_the_default_gate() -> None:
+    """ci/quick.json: `klbench run quick --seed 1`. Each margin can be detected there, whatever the margin."""
+    was, now = sides.read(ROOT / "leaderboards" / "quick"), sides.read(ROOT / "ci" / "quick.json")
+    found = check(was, now, settings.DEFAULT)
+    assert found.code == 0, found.sentence
+    share = settings.DEFAULT.rate / sum(c.decides for c in found.comparisons)
+    for c in found.comparisons:
+        if c.decides:
+            assert c.shift is not None and c.asked.margin is not None
+            assert c.shift.seen(share, 0.0, two_sided=False) <= c.asked.margin, c.why
+
+
 def maker() -> ModuleType:
     spec = importlib.util.spec_from_file_location("make_gate", ROOT / "docs" / "make_gate.py")
     assert spec is not None and spec.loader is not None

@@ -394,6 +394,11 @@ def test_a_task_may_have_a_margin_of_its_own(tmp_path: Path) -> None:
     values = noise(0) + 1
     assert check([made()], [made(values)], gate).outcome == "pass"
     assert check([made(task="u")], [made(values, task="u")], gate).outcome == "regression"
+    both = settings.read({**gate.model_dump(), "methods": {"m": {"reverse_kl": {"margin": 0.2}}}}, "both")
+    assert check([made()], [made(values)], both).outcome == "regression"  # the method's word is last
+    assert both.metric("reverse_kl", "t", "m:4").margin == 0.2 and both.metric("reverse_kl", "t", "n").margin == 5
+    with pytest.raises(UserError, match=r"methods\.m: no metric 'gold'"):
+        settings.read({**gate.model_dump(), "methods": {"m": {"gold": {"margin": 0.2}}}}, "both")
     assert gate.sha256 != GATE.sha256 == Gate(metrics={"reverse_kl": metric()}).sha256
 
 

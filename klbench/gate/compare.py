@@ -298,7 +298,7 @@ def _judged(given: Comparison, p: float, level: float, rate: float) -> Compariso
 def _of_pair(pair: Pair, gate: Gate, seeds: SeedNoise) -> Iterator[Comparison]:
     for metric in gate.metrics:
         if not metric.startswith(ESTIMATOR):
-            found = _of_column(pair, metric, gate.metric(metric, pair.cell.task), gate, seeds)
+            found = _of_column(pair, metric, gate.metric(metric, pair.cell.task, pair.cell.method), gate, seeds)
             if found is not None:
                 yield found
 

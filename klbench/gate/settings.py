@@ -8,6 +8,8 @@ metrics:
   kl_prior: {direction: info}
 tasks:                          # where a task's unit asks for another margin
   toxicity/threat: {reverse_kl: {margin: 0.3}}
+methods:                        # or a method's nature; its word is last
+  reinforce: {reverse_kl: {margin: 25}}
 rewards_differ: false           # true: baseline and candidate were trained for different rewards
 """
 
@@ -15,14 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, Literal, final
+from typing import Any, ClassVar, Final, Literal, final
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from klbench.errors import UserError, unknown
 from klbench.measure import COLUMNS, OPEN
-from klbench.record import Strict, digest
+from klbench.record import Grown, Strict, digest
 
 ESTIMATOR: Final = ("stderr.", "error.")  # how good the figures of a column are: log of its standard error, distance to the truth
 
@@ -52,23 +54,27 @@ class Metric(Strict):
 
 @final
 class Change(Strict):
-    """Of a metric, on one task."""
+    """Of a metric, on one task or for one method."""
 
     margin: float = Field(gt=0, allow_inf_nan=False)
 
 
 @final
-class Gate(Strict):
+class Gate(Grown):
     """The whole file. See the module."""
+
+    LATER: ClassVar[tuple[str, ...]] = ("methods",)
 
     rate: float = Field(0.05, gt=0, lt=0.5)
     metrics: dict[str, Metric]
     tasks: dict[str, dict[str, Change]] = Field(default_factory=dict)
+    methods: dict[str, dict[str, Change]] = Field(default_factory=dict)
     rewards_differ: bool = False
 
-    def metric(self, name: str, task: str) -> Metric:
-        """As it holds on this task."""
-        change = self.tasks.get(task, {}).get(name)
+    def metric(self, name: str, task: str, method: str = "") -> Metric:
+        """As it holds for a method (`best_of_n:4` goes by its own name, else by `best_of_n`) on a task."""
+        own = self.methods.get(method, self.methods.get(method.partition(":")[0], {}))
+        change = own.get(name, self.tasks.get(task, {}).get(name))
         return self.metrics[name] if change is None else self.metrics[name].model_copy(update={"margin": change.margin})
 
     @property
@@ -77,6 +83,8 @@ class Gate(Strict):
         return digest(self.model_dump(mode="json"))
 
 
+# No margin is below what two boards of the suite `quick` can detect, seed 0 against seed 1 (tests/test_ci_gate.py). A method without a KL
+# term ends wherever its seed leads it, and the prompts of toxicity differ most.
 DEFAULT: Final = Gate(
     metrics={
         "reverse_kl": Metric(direction="min", margin=0.15),
@@ -85,7 +93,9 @@ DEFAULT: Final = Gate(
         "kl_prior": Metric(direction="info"),
         "entropy": Metric(direction="info"),
         "distinct_2": Metric(direction="info"),
-    }
+    },
+    tasks={"toxicity": {"reverse_kl": Change(margin=0.6)}},
+    methods={"reinforce": {"reverse_kl": Change(margin=25)}, "uniform": {"reverse_kl": Change(margin=2)}},
 )
 
 
@@ -120,12 +130,13 @@ def read(data: Any, where: str) -> Gate:
         column = base(name)
         if column not in COLUMNS and not column.startswith(OPEN):
             raise UserError(f"{where}: metrics: {unknown('column', column[:60], COLUMNS)}")
-    for task, changes in gate.tasks.items():
-        for name in changes:
-            if name not in gate.metrics:
-                raise UserError(f"{where}: tasks.{task[:60]}: {unknown('metric', name[:60], gate.metrics)}")
-            if gate.metrics[name].direction == "info":
-                raise UserError(f"{where}: tasks.{task[:60]}.{name}: info has no margin")
+    for key, given in (("tasks", gate.tasks), ("methods", gate.methods)):
+        for of, changes in given.items():
+            for name in changes:
+                if name not in gate.metrics:
+                    raise UserError(f"{where}: {key}.{of[:60]}: {unknown('metric', name[:60], gate.metrics)}")
+                if gate.metrics[name].direction == "info":
+                    raise UserError(f"{where}: {key}.{of[:60]}.{name}: info has no margin")
     if all(metric.direction == "info" for metric in gate.metrics.values()):
         raise UserError(f"{where}: metrics: every one is info, so nothing could ever be a regression")
     return gate
