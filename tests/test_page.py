@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 from collections.abc import Callable
@@ -220,6 +221,19 @@ def test_marks_what_is_not_certified(records: list[Record]) -> None:
     assert re.search(r'<tr class="target is-exact">.*?the posterior.*?</tr>', text, re.S)
     assert "marks an uncertified figure" in text
     assert "marks an uncertified figure" not in files([r for r in records if r.status != "uncertified"])["index.html"]
+
+
+def test_the_marks_end_not_far_beyond_the_nearest_null_row(records: list[Record]) -> None:
+    """A uniform policy forty nats away must not push all others to the left edge; who is beyond has an arrow."""
+    rows = [(0.02, "dpo", "objective"), (0.4, "ancestral", "sampler"), (36.0, "uniform", "sampler"), (47.0, "reinforce", "objective")]
+    made = [
+        record(method, [x, x + 0.001], kind=kind, columns={"reverse_kl": Estimate(x, x, x, 0.0)}) for x, method, kind in rows
+    ]  # fmt: skip
+    text = files(made)["index.html"]
+    beyond = re.findall(r'<tr class="(\w+) [^>]*>(?:(?!</tr>).)*dot beyond', text, re.S)
+    assert beyond == ["null", "objective"]
+    places = [float(x) for x in re.findall(r'class="dot " style="left:([\d.]+)%', text)]
+    assert places == pytest.approx([100 * math.sqrt(0.02 / 1.04), 100 * math.sqrt(0.4 / 1.04)], abs=0.01)
 
 
 def test_a_missing_column_is_an_en_dash(records: list[Record]) -> None:

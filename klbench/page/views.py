@@ -198,15 +198,15 @@ def _pair(columns: dict[str, Estimate], name: str) -> list[str]:
 
 
 def top(table: Table) -> float:
-    """The right end of the interval marks: the largest upper end of reverse_kl, but not far beyond a null row's.
+    """The right end of the interval marks: the largest upper end of reverse_kl, but not far beyond the nearest null row's.
 
     Who is that much worse than having learned nothing stands at the edge with an arrow, and the others keep the room.
     """
     figures = [(row.role, e) for row in table.rows if (e := row.estimate("reverse_kl"))]
     ends = [(role, x) for role, e in figures for x in (e.value, e.high) if x is not None and math.isfinite(x)]
     most = max((x for _, x in ends), default=0.0)
-    null = max((x for role, x in ends if role == "null"), default=math.inf)
-    return min(most, 1.25 * null if null > 0 else math.inf) * 1.04 or 1.0
+    null = min((max(e.value or 0.0, e.high or 0.0) for role, e in figures if role == "null"), default=math.inf)
+    return min(most, 2.5 * null if null > 0 else math.inf) * 1.04 or 1.0
 
 
 def place(x: float, end: float) -> float:
