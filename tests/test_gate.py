@@ -15,7 +15,7 @@ from scipy import stats
 
 from klbench.errors import UserError
 from klbench.estimate import Estimate
-from klbench.gate import calibrate, calibration, compare, settings, sides
+from klbench.gate import calibrate, calibration, compare, report, settings, sides
 from klbench.gate.calibration import Calibration, Power, Share
 from klbench.gate.compare import WHOLE, Comparison, Shift, check, decide, key
 from klbench.gate.settings import Gate, Metric
@@ -445,6 +445,12 @@ def test_calibrations_that_are_none(tmp_path: Path, data: Any) -> None:
     with pytest.raises(UserError, match=r"gate\.calibration\.json") as caught:
         calibration.read(tmp_path / "gate.yaml")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("alarms", "of", "said"), [(30, 1000, ": held"), (0, 20, "too few comparisons"), (90, 1000, "NOT HELD")])
+def test_a_rate_is_held_where_that_was_shown(capsys: pytest.CaptureFixture[str], alarms: int, of: int, said: str) -> None:
+    report.show_calibration(measured(alarms, of))
+    assert said in capsys.readouterr().out.splitlines()[-1]
 
 
 def boards(count: int, seed_sd: float = 0.1) -> list[list[Record]]:
