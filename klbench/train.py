@@ -126,21 +126,19 @@ def _step(
         features = prior.states(some, draws.tokens, draws.mask)[:, :, :-1].to(device) if objective.needs_features else None
     value = 0.0
     own = (torch.arange(reward.shape[1]) >= theirs).expand(reward.shape).to(device)
-    hidden = ~draws.mask.to(device)
+    fresh = draws.log_q if objective.draws == "policy" and objective.controls is None else None  # fell under these very weights
     first: Tensor | None = None
     for _ in range(objective.epochs):
         with low:
             kl_token, other = None, None
             if objective.needs_kl:
-                log_q, kl_token = log_probs_and_kl(policy, prior, some, draws.tokens)
-                kl_token = kl_token.masked_fill(hidden, 0.0)
+                log_q, kl_token = log_probs_and_kl(policy, prior, some, draws.tokens, draws.mask)
             else:
-                log_q = policy.log_probs(some, draws.tokens)
+                log_q = policy.log_probs(some, draws.tokens, draws.mask, fresh if first is None else None)
             if objective.controls is not None:
                 second = policy.prompted(run.id, objective.controls[1], ())
-                other = second.log_probs(some, draws.tokens).masked_fill(hidden, 0.0)
+                other = second.log_probs(some, draws.tokens, draws.mask)
             asked = policy.prompt_log_prob(some) if objective.needs_prompt else None
-            log_q = log_q.masked_fill(hidden, 0.0)
         if first is None:
             first = log_q.detach()
             if theirs:  # what the prior drew is known under the prior's law

@@ -11,7 +11,8 @@ from tiny import continuations, exact, model, saved, tokenizer
 
 from klbench.errors import UserError
 from klbench.policies.causal_lm import CausalLM, extra_words, load, token_laws, wrap
-from klbench.policies.passes import Passes, draw
+from klbench.policies.passes import Passes
+from klbench.policies.vocabulary import draw
 
 PROMPTS = ["a", "b c a b", "c c"]  # of different lengths, so that padding matters
 T = 3
@@ -194,7 +195,7 @@ def test_a_layout_that_breaks_beyond_what_was_tried_is_left_there(monkeypatch: p
     """As local attention does, or a table of positions that a long row overruns: right when loaded, wrong where it is used."""
     policy = wrap("q", model("llama", 0), tokenizer())
     tree = Passes._tree
-    wrong = lambda self, rows, tokens: tree(self, rows, tokens) * (1.1 if max(map(len, rows)) > 2 else 1)  # noqa: E731
+    wrong = lambda self, rows, piece: tree(self, rows, piece) * (1.1 if max(map(len, rows)) > 2 else 1)  # noqa: E731
     monkeypatch.setattr(Passes, "_tree", wrong)
     draws = policy.sample(PROMPTS, 5, T, seed=1)
     for prompts, at in ((PROMPTS[:1], slice(1)), (PROMPTS, slice(3)), (PROMPTS[:1], slice(1))):

@@ -176,7 +176,7 @@ def last_hidden(policy: CausalLM, ids: list[int]) -> torch.Tensor:
 @pytest.mark.parametrize("layouts", [("cached", "tree"), ()])
 def test_states_are_the_hidden_states_of_plain_forwards(policy, layouts, monkeypatch):
     object.__setattr__(policy.passes, "layouts", layouts)
-    monkeypatch.setattr("klbench.policies.causal_lm.LOGITS", 40)  # in pieces
+    monkeypatch.setattr("klbench.policies.passes.POSITIONS", 12)  # in pieces
     states = policy.states(PROMPTS, TOKENS, MASK)
     assert states.shape == (3, 3, 4, 16) and states.dtype == torch.float32
     for p, prompt in enumerate(PROMPTS):

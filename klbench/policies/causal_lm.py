@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,12 +21,15 @@ from typing import Any, Final, final
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from klbench.errors import UserError
 from klbench.method import AbstractDecoding
-from klbench.policies.passes import HALF, LOGITS, Passes, checked
+from klbench.policies.passes import HALF, Passes, checked
+from klbench.policies.prefixes import Piece, Prefixes
+from klbench.policies.vocabulary import LogProbs, spans
 from klbench.target import Draws
 
 SYSTEM_FILE: Final = "system_prompt.txt"  # beside the weights of a policy that was trained under one
@@ -194,6 +197,11 @@ class CausalLM:
         n = tokens.shape[1]
         return [flat[i : i + n] for i in range(0, len(flat), n)]
 
+    @property
+    def bare(self) -> bool:
+        """Whether the law is the softmax of all the logits: no decoding, no word left out."""
+        return not self.decodings and self.words is None
+
     def law(self, logits: Tensor) -> Tensor:
         """[..., V] float32 log-probabilities of the next token from logits [..., W]; V = columns."""
         logp = (logits if self.words is None else logits[..., : self.words]).float().log_softmax(-1)
@@ -241,36 +249,42 @@ class CausalLM:
 
     @torch.no_grad()
     def states(self, prompts: Sequence[str], tokens: Tensor, mask: Tensor) -> Tensor:
-        """[P, N, T + 1, D] last hidden state before each token and after the last; behind the end of a draw that of its end, repeated.
+        """[P, K, T + 1, D] last hidden state before each token and after the last; behind the end of a draw that of its end, repeated.
 
-        Raises UserError for a prompt that leaves no room: unlike a sampler, this reads the last token too.
+        D = W for a model whose logits are more than a linear map of its hidden states: those logits. Raises UserError for a prompt that
+        leaves no room: unlike a sampler, this reads the last token too.
         """
-        padded = torch.cat([tokens, tokens.new_full((*tokens.shape[:2], 1), self.eos)], 2)
-        head = self.model.get_output_embeddings()
-        out: list[Tensor] = []
-        for at in self._pieces(prompts, padded):
-            rows = self._encoded(prompts[at[0]], padded.shape[2])
-            self.passes.logits(rows, padded[at])  # decides on the layout by logits, before they are replaced
-            handle = head.register_forward_hook(lambda module, given, found: given[0])
-            try:
-                out.append(self.passes.logits(rows, padded[at]).cpu())
-            finally:
-                handle.remove()
         P, N, T = tokens.shape
-        joined = _placed(out, list(self._pieces(prompts, padded)), (P, N, T + 1))
+        padded = torch.cat([tokens, tokens.new_full((P, N, 1), self.eos)], 2)
+        longer = torch.cat([torch.ones_like(mask[:, :, :0]) if T else mask, mask.new_ones(P, N, 1), mask], 2)
+        out: Tensor | None = None
+        for piece, found in self._states(prompts, padded, longer[:, :, : T + 1]):
+            out = found.new_zeros(P * N * (T + 1), found.shape[1], device="cpu") if out is None else out
+            out[piece.place] = found.cpu()[piece.node]
+        assert out is not None
+        joined = out.view(P, N, T + 1, -1)
         last = mask.sum(2, keepdim=True).expand(P, N, T + 1)
         where = torch.minimum(torch.arange(T + 1).expand(P, N, T + 1), last)
         return joined.gather(2, where[..., None].expand(-1, -1, -1, joined.shape[3]))
 
     def _drawn(self, rows: list[list[int]], uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.passes.sample(rows, uniform, self.law, self.stops)
+        return self.passes.sample(rows, uniform, (lambda logits: logits) if self.bare else self.law, self.stops)
+
+    def _states(self, prompts: Sequence[str], tokens: Tensor, mask: Tensor | None, most: int | None = None) -> Iterator[tuple[Piece, Tensor]]:
+        """Distinct prefixes in pieces, and the states [R, D] at their nodes; differentiable."""
+        rows = self._encoded(prompts, tokens.shape[2])
+        for piece in Prefixes.of(tokens, mask).pieces([len(r) for r in rows], most or self.passes.positions):
+            yield piece, self.passes.states(rows, piece)
 
     def logits(self, prompts: Sequence[str], tokens: Tensor) -> Tensor:
         """[P, K, T, W] next-token logits along continuations [P, K, T], float32; differentiable.
 
-        Before `words` and `decodings`: `law` makes log-probabilities of them. Raises UserError for a prompt that leaves no room.
+        Before `words` and `decodings`: `law` makes log-probabilities of them. All of them at once: for small shapes.
+        Raises UserError for a prompt that leaves no room.
         """
-        return self.passes.logits(self._encoded(prompts, tokens.shape[2]), tokens)
+        found = [(piece.place, self.passes.head(states)[piece.node.to(states.device)]) for piece, states in self._states(prompts, tokens, None)]
+        order = torch.cat([place for place, _ in found]).argsort().to(self.device)
+        return torch.cat([logits for _, logits in found])[order].view(*tokens.shape, -1).float()
 
     def _sound(self, log_prob: Tensor) -> Tensor:
         """Raises UserError when there is NaN among log-probabilities: in the weights, or where an infinity met another."""
@@ -278,14 +292,35 @@ class CausalLM:
             raise UserError(f"{self.name}: its log-probabilities are not numbers (NaN): look for NaN or infinite weights")
         return log_prob
 
-    def log_probs(self, prompts: Sequence[str], tokens: Tensor) -> Tensor:
-        """[P, K, T] log-probability of each token, differentiable; positions after EOS are not masked here."""
-        logits = self.logits(prompts, tokens)
-        index = tokens.to(logits.device)
-        if self.decodings or self.columns < logits.shape[3]:
-            return _pick(self.law(logits), index)
-        picked = logits.gather(3, index.clamp(max=logits.shape[3] - 1)[..., None])[..., 0] - logits.logsumexp(3)
-        return picked.masked_fill(index >= logits.shape[3], -torch.inf)
+    def log_probs(self, prompts: Sequence[str], tokens: Tensor, mask: Tensor | None = None, known: Tensor | None = None) -> Tensor:
+        """[P, K, T] log-probability of each token, 0 where the mask is False; differentiable.
+
+        known [P, K, T]: the values where they are known, as they are for this policy's own fresh draws; the gradient is the same.
+        -inf where a decoding truncates. Raises UserError for a prompt that leaves no room.
+        """
+        out = torch.zeros(tokens.numel(), device=self.device)
+        places, parts = [], []
+        for piece, states in self._states(prompts, tokens, mask):
+            places.append(piece.place)
+            parts.append(self._picked(states, piece, None if known is None else known.reshape(-1)[piece.place]))
+        return out.index_put((torch.cat(places).to(out.device),), torch.cat(parts)).view(tokens.shape)
+
+    def _picked(self, states: Tensor, piece: Piece, known: Tensor | None = None) -> Tensor:
+        """[M] log-probabilities of a piece's tokens from the states at its nodes."""
+        node, token = piece.node.to(states.device), piece.next.to(states.device)
+        linear = self.passes.linear
+        if self.bare and linear is not None:
+            kind = states.device.type
+            half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+            values = None if known is None else known.to(states.device)
+            found: Tensor = LogProbs.apply(states, linear.weight, linear.bias, node, token, values, half)  # type: ignore[no-untyped-call]
+            return found
+        return torch.cat(
+            [
+                _again(lambda s, n, t: _pick(self.law(self.passes.head(s))[n], t), states[rows], node[some] - rows.start, token[some])
+                for rows, some in spans(node, len(states), self.columns)
+            ]
+        )
 
     def prompt_log_prob(self, prompts: Sequence[str]) -> Tensor:
         """[P] log-probability of each prompt's tokens behind its first, differentiable; 0 for a prompt of one."""
@@ -293,27 +328,19 @@ class CausalLM:
         widest = max(len(ids) - 1 for ids in rows)
         if not widest:
             return torch.zeros(len(rows), device=self.device)
-        tokens = torch.tensor([ids[1:] + [self.eos] * (widest + 1 - len(ids)) for ids in rows])
-        there = torch.arange(widest) < torch.tensor([[len(ids) - 1] for ids in rows])
-        logits = self.passes.logits([ids[:1] for ids in rows], tokens[:, None])
-        return (_pick(self.law(logits), tokens[:, None].to(logits.device))[:, 0] * there.to(logits.device)).sum(1)
+        tokens = torch.tensor([ids[1:] + [self.eos] * (widest + 1 - len(ids)) for ids in rows])[:, None]
+        there = (torch.arange(widest) < torch.tensor([[len(ids) - 1] for ids in rows]))[:, None]
+        starts = [ids[:1] for ids in rows]
+        total = torch.zeros(len(rows), device=self.device)
+        for piece in Prefixes.of(tokens, there).pieces([1] * len(rows), self.passes.positions):
+            said = self._picked(self.passes.states(starts, piece), piece)
+            total = total.index_add(0, (piece.place // widest).to(said.device), said)
+        return total
 
     @torch.no_grad()
     def log_prob(self, prompts: Sequence[str], tokens: Tensor, mask: Tensor) -> Tensor:
         """[P, N, T] float32 on the CPU, 0 where the mask is False, -inf where a decoding truncates. Raises UserError as `sample` does."""
-        out = torch.zeros(tokens.shape)
-        for at in self._pieces(prompts, tokens):
-            out[at] = self.log_probs(prompts[at[0]], tokens[at]).cpu()
-        return self._sound(out.masked_fill(~mask, 0.0))
-
-    def _pieces(self, prompts: Sequence[str], tokens: Tensor) -> Iterator[tuple[slice, slice]]:
-        """Index pairs (prompts, draws) whose logits fit LOGITS."""
-        P, N, T = tokens.shape
-        group = min(N, 16)
-        rows = max(1, LOGITS // (group * T * self.passes.width))
-        for p in range(0, P, rows):
-            for n in range(0, N, group):
-                yield slice(p, p + rows), slice(n, n + group)
+        return self._sound(self.log_probs(prompts, tokens, mask).cpu())
 
     def weights_hash(self) -> str:
         """SHA-256 of the weights and the tokenizer, and of whatever else moves the law: names the distribution, wherever its files lie."""
@@ -344,16 +371,13 @@ def system_of(folder: str | Path) -> str | None:
 
 
 def _pick(law: Tensor, index: Tensor) -> Tensor:
-    """[P, K, T] entries of laws [P, K, T, V] at ids [P, K, T]; -inf for an id beyond them."""
-    return law.gather(3, index.clamp(max=law.shape[3] - 1)[..., None])[..., 0].masked_fill(index >= law.shape[3], -torch.inf)
+    """[M] entries of laws [M, V] at ids [M]; -inf for an id beyond them."""
+    return law.gather(1, index.clamp(max=law.shape[1] - 1)[:, None])[:, 0].masked_fill(index >= law.shape[1], -torch.inf)
 
 
-def _placed(parts: Sequence[Tensor], places: Sequence[tuple[slice, slice]], shape: tuple[int, int, int]) -> Tensor:
-    """[P, N, T, D] from the parts of `_pieces`."""
-    out = torch.zeros(*shape, parts[0].shape[-1])
-    for part, place in zip(parts, places, strict=True):
-        out[place] = part
-    return out
+def _again(made: Callable[..., Any], *given: Tensor) -> Any:
+    """`made(*given)`, whose inner tensors are made anew for the gradient in place of being kept."""
+    return checkpoint(made, *given, use_reentrant=False) if torch.is_grad_enabled() else made(*given)
 
 
 def _short(prompt: str) -> str:
@@ -381,47 +405,72 @@ def token_laws(q: CausalLM, p0: CausalLM, prompts: Sequence[str], tokens: Tensor
     Raises UserError when the two do not share a vocabulary, or end sequences elsewhere.
     """
     same_vocabulary(q, p0)
-    shape = tokens.shape
-    log_q, log_p0, entropy, cross, lost = (torch.zeros(shape) for _ in range(5))
-    same_logits = p0.model is q.model and p0.tokenizer is q.tokenizer and (p0.chat, p0.system) == (q.chat, q.system)
-    for at in q._pieces(prompts, tokens):
-        some, rows = prompts[at[0]], tokens[at]
-        index = rows.to(q.device)
-        logits = q.logits(some, rows)
-        lq = q.law(logits)
-        law = lq.exp()
-        log_q[at] = _pick(lq, index).cpu()
-        entropy[at] = -torch.linalg.vecdot(law, lq.clamp(min=-1e30)).cpu()  # 0 times -inf is 0 here: a token nobody draws
-        if p0 is q:
-            log_p0[at], cross[at] = log_q[at], entropy[at]
-            continue
-        l0 = p0.law(logits if same_logits else p0.logits(some, rows)).to(lq.device)
-        log_p0[at] = _pick(l0, index).cpu()
-        lq, l0 = _as_wide(lq, l0), _as_wide(l0, lq)
-        apart = ((l0 == -torch.inf) & (lq > -torch.inf)).any(-1)
-        q_low, p_low = lq.clamp(min=-1e30), l0.clamp(min=-1e30)
-        cross[at] = (-torch.linalg.vecdot(lq.exp(), p_low)).masked_fill(apart, torch.inf).cpu()
-        gone = ((lq == -torch.inf) & (l0 > -torch.inf)).any(-1)
-        lost[at] = torch.linalg.vecdot(l0.exp(), p_low - q_low).masked_fill(gone, torch.inf).cpu()
+    out = torch.zeros(5, tokens.numel())
+    starts = p0._encoded(prompts, tokens.shape[2])
+    for piece, states in q._states(prompts, tokens, mask, min(q.passes.positions, p0.passes.positions)):
+        same = p0.model is q.model and p0.tokenizer is q.tokenizer and (p0.chat, p0.system) == (q.chat, q.system)
+        theirs = states if same else p0.passes.states(starts, piece).to(states.device)
+        node, token = piece.node.to(states.device), piece.next.to(states.device)
+        for rows, some in spans(node, len(states), q.columns):
+            logits = q.passes.head(states[rows])
+            lq = q.law(logits)
+            l0 = lq if p0 is q else p0.law(logits if same else p0.passes.head(theirs[rows]))
+            at, which = node[some] - rows.start, token[some]
+            log_q, log_p0 = (_pick(law[at], which) for law in (lq, l0))
+            out[:, piece.place[some]] = torch.stack([log_q, log_p0, *(x[at] for x in _between(lq, l0))]).cpu()
+    log_q, log_p0, entropy, cross, lost = (x.view(tokens.shape) for x in out)
     if drawn is not None:
         part = log_q[:, : drawn.shape[1]]
         part.copy_(torch.where(part == -torch.inf, drawn, part))
-    log_q, log_p0, entropy, cross, lost = (x.masked_fill(~mask, 0.0) for x in (log_q, log_p0, entropy, cross, lost))
     q._sound(log_q)
     p0._sound(log_p0)
     return TokenLaws(log_q, log_p0, entropy, cross, lost)
 
 
-def log_probs_and_kl(q: CausalLM, p0: CausalLM, prompts: Sequence[str], tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """[P, K, T] log q of each token and KL(q(.|prefix) || p0(.|prefix)), both differentiable in q; nothing is masked here."""
+def _between(lq: Tensor, l0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """H(q), H(q, p0) and KL(p0 || q) of laws lq, l0 [R, V]; [R] each, infinite where a mass meets none."""
+    if lq.shape == l0.shape:
+        q = lq.exp()
+        entropy = -torch.linalg.vecdot(q, lq)
+        cross = entropy if l0 is lq else -torch.linalg.vecdot(q, l0)
+        lost = torch.zeros_like(entropy) if l0 is lq else torch.linalg.vecdot(torch.exp(l0, out=q), l0 - lq)
+        if bool(torch.isfinite(entropy + cross + lost).all()):
+            return entropy, cross, lost
+    lq, l0 = _as_wide(lq, l0), _as_wide(l0, lq)  # some token has no mass: 0 times -inf is 0
+    q_low, p_low = lq.clamp(min=-1e30), l0.clamp(min=-1e30)
+    entropy = -torch.linalg.vecdot(lq.exp(), q_low)
+    apart = ((l0 == -torch.inf) & (lq > -torch.inf)).any(-1)
+    cross = (-torch.linalg.vecdot(lq.exp(), p_low)).masked_fill(apart, torch.inf)
+    gone = ((lq == -torch.inf) & (l0 > -torch.inf)).any(-1)
+    return entropy, cross, torch.linalg.vecdot(l0.exp(), p_low - q_low).masked_fill(gone, torch.inf)
+
+
+def log_probs_and_kl(q: CausalLM, p0: CausalLM, prompts: Sequence[str], tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """[P, K, T] log q of each token and KL(q(.|prefix) || p0(.|prefix)), 0 where the mask is False; both differentiable in q."""
     same_vocabulary(q, p0)
-    lq = q.law(q.logits(prompts, tokens))
-    with torch.no_grad():
-        l0 = p0.law(p0.logits(prompts, tokens)).to(lq.device)
-    lq, l0 = _as_wide(lq, l0), _as_wide(l0, lq)
-    there = lq > -torch.inf
-    gap = torch.where(there, lq, 0.0) - torch.where(there, l0, 0.0)
-    return _pick(lq, tokens.to(lq.device)), (lq.exp() * gap).sum(-1)
+    starts = p0._encoded(prompts, tokens.shape[2])
+
+    def made(ours: Tensor, theirs: Tensor, at: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
+        lq = q.law(q.passes.head(ours))
+        with torch.no_grad():
+            l0 = p0.law(p0.passes.head(theirs)).to(lq.device)
+        lq, l0 = _as_wide(lq, l0), _as_wide(l0, lq)
+        there = lq > -torch.inf
+        gap = torch.where(there, lq, 0.0) - torch.where(there, l0, 0.0)
+        return _pick(lq[at], which), (lq.exp() * gap).sum(-1)[at]
+
+    places, log_q, kl = [], [], []
+    for piece, states in q._states(prompts, tokens, mask, min(q.passes.positions, p0.passes.positions)):
+        with torch.no_grad():
+            theirs = p0.passes.states(starts, piece)
+        node, token = piece.node.to(states.device), piece.next.to(states.device)
+        for rows, some in spans(node, len(states), q.columns):
+            found = _again(made, states[rows], theirs[rows], node[some] - rows.start, token[some])
+            places.append(piece.place[some])
+            log_q.append(found[0])
+            kl.append(found[1])
+    where = (torch.cat(places).to(q.device),)
+    return tuple(torch.zeros(tokens.numel(), device=q.device).index_put(where, torch.cat(x)).view(tokens.shape) for x in (log_q, kl))  # type: ignore[return-value]
 
 
 def _as_wide(law: Tensor, other: Tensor) -> Tensor:

@@ -2,13 +2,16 @@
 
 Three layouts say the same to rounding:
 
-- *cached* sampling: the rows' keys and values are computed once and shared by their K draws;
-- *tree* scoring: a row and K continuations side by side, each continuation seeing the row and itself; one pass, with or without gradient;
+- *cached* sampling: keys and values of a prompt are computed once and shared by its draws, those of a prefix by the draws that have it;
+- *tree* scoring: a row and its continuations' distinct prefixes side by side, each seeing what it goes on from; with or without gradient;
 - *plain*: a batch of whole sequences padded on the right, which no causal model can see. Slower, and right where the others are not:
   recurrent models, alibi, beyond a sliding window.
 
 The first two need a decoder that takes position ids and attention masks as given. Whether a model does is decided by comparison with single
 unpadded forwards, at loading and again at the first call of every larger shape; a model whose plain layout disagrees with them is refused.
+
+What a pass over given continuations returns are *states*, of which `head` makes logits a few rows at a time. They are the last hidden states
+where the logits are a linear map of those, and the logits themselves for models that do more to them (a cap, a scale) or have no such states.
 """
 
 from __future__ import annotations
@@ -23,8 +26,11 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from klbench.errors import UserError
+from klbench.policies.prefixes import Piece, Prefixes
+from klbench.policies.vocabulary import draw
 
-LOGITS = 6_000_000  # floats of logits held at once by a scoring pass: larger buffers cost page faults and gain nothing
+LOGITS = 6_000_000  # floats of logits held at once by a pass without a linear head
+POSITIONS = 2048  # read at once by a pass without gradient
 LAYOUTS: Final = ("cached", "tree")
 HALF: Final = (torch.bfloat16, torch.float16)
 
@@ -34,26 +40,36 @@ Law = Callable[[Tensor], Tensor]
 
 @final
 class _Shared(DynamicLayer):
-    """Keys and values of one layer in a buffer of the final length, which starts as the prompt's, repeated for its draws."""
+    """Keys and values of one layer in a buffer of the final size; the first `rows` are in use."""
 
-    def __init__(self, keys: Tensor, values: Tensor, draws: int, room: int):
+    def __init__(self, keys: Tensor, values: Tensor, of: Tensor, draws: int, room: int):
+        """keys, values [P, H, L, W] of prompts.  of [R]: the prompt of each first row.  draws: rows there can be; room: tokens to come."""
         super().__init__()
-        prompts, heads, length, width = keys.shape
+        _, heads, self.length, width = keys.shape
         self.buffers = []
         for part in (keys, values):
-            buffer = part.new_empty(prompts * draws, heads, length + room, width)
-            buffer.view(prompts, draws, heads, length + room, width)[:, :, :, :length] = part[:, None]
+            buffer = part.new_empty(draws, heads, self.length + room, width)
+            buffer[: len(of), :, : self.length] = part[of]
             self.buffers.append(buffer)
-        self.length = length
-        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-        self.keys, self.values = (b[:, :, :length] for b in self.buffers)
+        self.rows, self.dtype, self.device, self.is_initialized = len(of), keys.dtype, keys.device, True
+        self.show()
+
+    def show(self) -> None:
+        self.keys, self.values = (b[: self.rows, :, : self.length] for b in self.buffers)
+
+    def move(self, source: Tensor, target: Tensor, rows: int) -> None:
+        """Copies rows, none of which is both source and target; then the first `rows` are in use."""
+        if len(source):
+            for buffer in self.buffers:
+                buffer[target, :, : self.length] = buffer[source, :, : self.length]
+        self.rows = rows
+        self.show()
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        end = self.length + key_states.shape[2]
+        start, self.length = self.length, self.length + key_states.shape[2]
         for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
-            buffer[:, :, self.length : end] = new
-        self.length = end
-        self.keys, self.values = (b[:, :, :end] for b in self.buffers)
+            buffer[: self.rows, :, start : self.length] = new
+        self.show()
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
@@ -81,10 +97,14 @@ class Shapes:
 @final
 @dataclass(frozen=True, eq=False)
 class Passes:
-    """A model and the layouts that may be tried on it. rows [P] of ids; continuations [P, K, T]; W: columns of the logits."""
+    """A model and the layouts that may be tried on it. rows [P] of ids; continuations [P, K, T]; W: columns of the logits.
+
+    split: the logits are the head's of the last hidden states, and nothing else.
+    """
 
     model: Any
     layouts: tuple[str, ...] = LAYOUTS
+    split: bool = False
     shapes: dict[str, Shapes] = field(default_factory=lambda: {name: Shapes() for name in LAYOUTS})
 
     @property
@@ -124,10 +144,29 @@ class Passes:
         config = self.model.config
         return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
+    @property
+    def linear(self) -> Any:
+        """The head as a plain linear layer (weight, bias); None where it is another, or there is more to the logits than it."""
+        head = self.model.get_output_embeddings() if self.split else None
+        return head if type(head) is torch.nn.Linear else None
+
+    @property
+    def positions(self) -> int:
+        """Read at once: as many as keep the processor busy, fewer where each is a row of logits."""
+        return POSITIONS if self.split else max(1, min(POSITIONS, LOGITS // self.width))
+
+    def head(self, states: Tensor) -> Tensor:
+        """[R, W] logits from states [R, D]."""
+        if not self.split:
+            return states
+        found: Tensor = self.model.get_output_embeddings()(states)
+        return found
+
     def sample(self, rows: Rows, uniform: Tensor, law: Law, stops: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
         """[P, K, T] tokens, mask and log-probabilities by inverse CDF at `uniform` [P, K, T].
 
-        law: logits [R, W] to log-probabilities [R, V].  A sequence ends with its first stop; behind it the row is filled with stops[0].
+        law: logits [R, W] to logits or log-probabilities [R, V].  A sequence ends with its first stop; behind it the row is filled with
+        stops[0].
         """
         size = max(map(len, rows)) + uniform.shape[2]
         known = self._verdict("cached", size, size)
@@ -154,26 +193,38 @@ class Passes:
 
     def _cached(self, rows: Rows, falling: _Falling, witness: slice) -> None:
         """witness: sequences of [P K] whose logits are kept, to be compared."""
-        P, K, T = falling.shape
-        device = self.device
+        T, device = falling.shape[2], self.device
         ids, pad = self._padded(rows)
         length = ids.shape[1]
-        real = torch.arange(length, device=device) >= pad[:, None]
-        position = (torch.arange(length, device=device) - pad[:, None]).clamp(min=0)
-        out = self.model(ids, attention_mask=real.long(), position_ids=position, use_cache=True, logits_to_keep=1)
-        cache = Cache(layers=[_Shared(layer.keys, layer.values, K, T - 1) for layer in out.past_key_values.layers])
-        logits = out.logits[:, -1].repeat_interleave(K, 0)
-        seen = torch.cat([real.repeat_interleave(K, 0), real.new_ones(P * K, T)], 1).long()
-        start = (length - pad).repeat_interleave(K)[:, None]
+        ragged = bool(pad.any())
+        order = torch.arange(length, device=device)
+        real = order >= pad[:, None]
+        position = (order - pad[:, None]).clamp(min=0)
+        out = self.model(
+            ids, attention_mask=real.long() if ragged else None, position_ids=position, use_cache=True, logits_to_keep=1
+        )  # fmt: skip
+        cache: Cache | None = None
+        logits, prompt = out.logits[:, -1], torch.arange(len(rows), device=device)
         for t in range(T):
-            falling.heard.append(logits[witness])
+            falling.hear(logits, witness)
             falling.take(t, logits)
-            if t + 1 == T or not bool(falling.alive.any()):
+            if t + 1 == T or not len(falling.live):
                 break
+            source, token, stay = falling.branch(t)
+            prompt, n = prompt[source], len(source)
+            if cache is None:
+                cache = Cache(layers=[_Shared(x.keys, x.values, source, len(falling.tokens), T - 1) for x in out.past_key_values.layers])
+            else:
+                moved = (~stay).nonzero()[:, 0]
+                for layer in cache.layers:
+                    layer.move(source[moved], moved, n)
+            seen = None
+            if ragged:
+                seen = torch.cat([real[prompt], real.new_ones(n, t + 1)], 1).long()
             step = self.model(
-                falling.read[:, t : t + 1],
-                attention_mask=seen[:, : length + t + 1],
-                position_ids=start + t,
+                token[:, None],
+                attention_mask=seen,
+                position_ids=(length - pad)[prompt][:, None] + t,
                 past_key_values=cache,
                 use_cache=True,
             )
@@ -181,26 +232,29 @@ class Passes:
 
     def _uncached(self, rows: Rows, falling: _Falling) -> None:
         """Each distinct prefix is read anew at every token."""
-        P, K, T = falling.shape
-        which = torch.arange(P, device=self.device).repeat_interleave(K)[:, None]
-        for t in range(T):
-            prefix, back = torch.cat([which, falling.read[:, :t]], 1).unique(dim=0, return_inverse=True)
-            texts = [rows[p] + new for p, *new in prefix.tolist()]
-            falling.take(t, torch.cat([x[:, -1] for x in self._batches(texts, 1)])[back])
-            if not bool(falling.alive.any()):
+        texts = [list(row) for row in rows]
+        for t in range(falling.shape[2]):
+            falling.take(t, torch.cat([x[:, -1] for x in self._batches(texts, 1)]))
+            if not len(falling.live):
                 break
+            source, token, _ = falling.branch(t)
+            texts = [[*texts[i], new] for i, new in zip(source.tolist(), token.tolist(), strict=True)]
 
-    def logits(self, rows: Rows, tokens: Tensor) -> Tensor:
-        """[P, K, T, W] next-token logits along continuations [P, K, T], float32; differentiable."""
-        tokens = self._read(tokens.to(self.device))
-        path = max(map(len, rows)) + tokens.shape[2]
-        row = path + (tokens.shape[1] - 1) * (tokens.shape[2] - 1)
+    def states(self, rows: Rows, piece: Piece) -> Tensor:
+        """[R, D] states at the nodes of a piece, of which `head` makes logits; differentiable."""
+        lengths = [len(rows[p]) for p in piece.prompt]
+        n = piece.there.shape[1]
+        path, row = max(lengths) + 1 + int(piece.depth.max() if n else 0), max(lengths) + n
         known = self._verdict("tree", path, row)
         if known is not False:
             try:
-                out = self._tree(rows, tokens)
+                out = self._tree(rows, piece)
                 if known is None:
-                    known = self.agree(out[_shortest(rows), -1].detach(), self.alone(rows[_shortest(rows)], tokens[_shortest(rows), -1]))
+                    at = min(range(len(lengths)), key=lambda b: lengths[b])
+                    tokens, nodes = piece.path(at)
+                    said = self.alone(rows[piece.prompt[at]], torch.tensor([*tokens, 0], device=self.device))
+                    with torch.no_grad():
+                        known = self.agree(self.head(out[nodes]), said)
             except torch.OutOfMemoryError:
                 raise
             except Exception:  # as in sample
@@ -210,34 +264,55 @@ class Passes:
             self._learn("tree", path, row, known)
             if known:
                 return out
-        return self.plain(rows, tokens)
+        return self._plainly(rows, piece)
 
-    def _tree(self, rows: Rows, tokens: Tensor) -> Tensor:
-        P, K, T = tokens.shape
-        ids, pad = self._padded(rows)
-        length, device = ids.shape[1], ids.device
-        inner = tokens[:, :, :-1].reshape(P, K * (T - 1))
+    def _tree(self, rows: Rows, piece: Piece) -> Tensor:
+        ids, pad = self._padded([rows[p] for p in piece.prompt])
+        B, length = ids.shape
+        n, device = piece.there.shape[1], ids.device
         order = torch.arange(length, device=device)
-        position = torch.cat(
-            [(order - pad[:, None]).clamp(min=0), ((length - pad)[:, None] + torch.arange(T - 1, device=device).repeat(K))], 1
-        )
-        branch = torch.cat([torch.full((length,), -1, device=device), torch.arange(K, device=device).repeat_interleave(T - 1)])
-        depth = torch.cat([order, length + torch.arange(T - 1, device=device).repeat(K)])
-        see = (depth[:, None] >= depth[None]) & ((branch[None] == -1) | (branch[:, None] == branch[None]))
-        hidden = torch.arange(length + K * (T - 1), device=device) < pad[:, None]  # padding: seen by nobody but itself
-        see = (see[None] & ~hidden[:, None, :]) | torch.eye(len(depth), dtype=torch.bool, device=device)
+        position = torch.cat([(order - pad[:, None]).clamp(min=0), (length - pad)[:, None] + (piece.depth - 1).clamp(min=0).to(device)], 1)
+        see = torch.zeros(B, length + n, length + n, dtype=torch.bool, device=device)
+        see[:, :, :length] = (order <= torch.arange(length + n, device=device)[:, None]) & (order >= pad[:, None, None])
+        see[:, length:, length:] = piece.sees().to(device)
+        see |= torch.eye(length + n, dtype=torch.bool, device=device)  # padding is seen by nobody but itself
         dtype = self.model.dtype
         mask = torch.zeros(see.shape, dtype=dtype, device=device).masked_fill_(~see, torch.finfo(dtype).min)[:, None]
-        out = self.model(
-            torch.cat([ids, inner], 1),
-            attention_mask=mask,
-            position_ids=position,
-            use_cache=False,
-            logits_to_keep=1 + K * (T - 1),
-        ).logits
-        first = out[:, :1, None].expand(P, 1, K, out.shape[-1]).transpose(1, 2)  # the prompt's last position predicts all K
-        rest = out[:, 1:].view(P, K, T - 1, out.shape[-1])
-        return torch.cat([first, rest], 2).float()
+        given = {"attention_mask": mask, "position_ids": position, "use_cache": False}
+        whole = torch.cat([ids, self._read(piece.token.to(device))], 1)
+        if self.split:
+            out = self.model.base_model(whole, **given)[0][:, length - 1 :]
+        else:
+            out = self.model(whole, logits_to_keep=1 + n, **given).logits[:, -1 - n :]
+        return out.reshape(B * (1 + n), -1)[piece.nodes.to(device)]
+
+    def _plainly(self, rows: Rows, piece: Piece) -> Tensor:
+        """States by the plain layout: every prefix that no other goes on from is read as a sequence of its own."""
+        width, n = piece.there.shape[1] + 1, piece.there.shape[1]
+        number = {place: i for i, place in enumerate(piece.nodes.tolist())}
+        texts: list[list[int]] = []
+        want: list[list[int]] = []  # the nodes along each text
+        for b, p in enumerate(piece.prompt):
+            parents, tokens = piece.parent[b].tolist(), piece.token[b].tolist()
+            inner, here = set(parents), [j for j in range(n) if bool(piece.there[b, j])]
+            for leaf in [j for j in here if j not in inner] or [-1]:
+                along, words, j = [], [], leaf
+                while j >= 0:
+                    along.append(number[b * width + 1 + j])
+                    words.append(tokens[j] if tokens[j] < self.readable else 0)
+                    j = parents[j]
+                texts.append([*rows[p], *reversed(words)])
+                want.append([number[b * width], *reversed(along)])
+        deepest = max(map(len, want))
+        found = [x[deepest - len(nodes) :] for x, nodes in zip(self._one_by_one(texts, deepest), want, strict=True)]
+        flat = torch.tensor([node for nodes in want for node in nodes], device=self.device)
+        order = torch.empty(len(piece.nodes), dtype=torch.long, device=self.device)
+        order[flat] = torch.arange(len(flat), device=self.device)
+        return torch.cat(found)[order]
+
+    def _one_by_one(self, texts: Rows, last: int) -> Iterator[Tensor]:
+        for batch in self._batches(texts, last, self.split):
+            yield from batch
 
     def plain(self, rows: Rows, tokens: Tensor) -> Tensor:
         """[P, K, T, W] logits, a sequence a row of the batch."""
@@ -245,16 +320,21 @@ class Passes:
         texts = [row + new[:-1] for row, some in zip(rows, tokens.tolist(), strict=True) for new in some]
         return torch.cat(list(self._batches(texts, T))).view(P, K, T, -1).float()
 
-    def _batches(self, texts: Rows, last: int) -> Iterator[Tensor]:
-        """[B, last, W] logits at the last so many ids of whole sequences, in order."""
+    def _batches(self, texts: Rows, last: int, states: bool = False) -> Iterator[Tensor]:
+        """[B, last, W] logits at the last so many ids of whole sequences, in order; states: the last hidden states [B, last, D] instead.
+
+        A sequence of fewer ids has those at its first one in front.
+        """
         step = max(1, LOGITS // (max(map(len, texts)) * self.width))
         for i in range(0, len(texts), step):
             some = texts[i : i + step]
             length = max(map(len, some))
             ids = torch.tensor([r + [0] * (length - len(r)) for r in some], device=self.device)
-            logits = self.model(ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+            model = self.model.base_model if states else self.model
+            out = model(ids, attention_mask=torch.ones_like(ids), use_cache=False)
+            found = out[0] if states else out.logits
             at = torch.tensor([len(r) for r in some], device=self.device)[:, None] - last + torch.arange(last, device=self.device)
-            yield logits.gather(1, at[..., None].expand(-1, -1, logits.shape[-1]))
+            yield found.gather(1, at.clamp(min=0)[..., None].expand(-1, -1, found.shape[-1]))
 
     @torch.no_grad()
     def alone(self, row: list[int], tokens: Tensor) -> Tensor:
@@ -296,7 +376,7 @@ class Passes:
 
 @final
 class _Falling:
-    """Draws as they fall, [P K, T]; `alive` until a stop."""
+    """Draws as they fall, [P K, T]. live [M]: those that have not ended; node [M]: the row of the logits that each goes on from."""
 
     def __init__(self, passes: Passes, uniform: Tensor, law: Law, stops: tuple[int, ...]):
         P, K, T = self.shape = tuple(uniform.shape)
@@ -304,20 +384,49 @@ class _Falling:
         self.law, self.uniform, self.readable = law, uniform.view(P * K, T).to(device), passes.readable
         self.fill, self.stops = stops[0], torch.tensor(stops, device=device)
         self.tokens = torch.full((P * K, T), self.fill, dtype=torch.long, device=device)
-        self.read = torch.zeros_like(self.tokens)  # what the model is given of them
         self.mask = torch.zeros(P * K, T, dtype=torch.bool, device=device)
         self.log_q = torch.zeros(P * K, T, device=device)
-        self.alive = torch.ones(P * K, dtype=torch.bool, device=device)
+        self.live = torch.arange(P * K, device=device)
+        self.node = torch.arange(P, device=device).repeat_interleave(K)
         self.heard: list[Tensor] = []
 
+    def hear(self, logits: Tensor, witness: slice) -> None:
+        """Keeps what some of the sequences are told, as long as they live."""
+        wanted = torch.arange(len(self.tokens), device=self.live.device)[witness]
+        if len(wanted):
+            row = torch.full((len(self.tokens),), -1, device=self.live.device)
+            row[self.live] = self.node
+            found = row[wanted]
+            if bool((found >= 0).all()):
+                self.heard.append(logits[found])
+
     def take(self, t: int, logits: Tensor) -> None:
-        """The t-th token of each from its logits [P K, W]."""
-        token, logp = draw(self.law(logits), self.uniform[:, t])
-        self.tokens[:, t] = torch.where(self.alive, token, self.fill)
-        self.read[:, t] = torch.where(self.alive & (token < self.readable), token, 0)
-        self.mask[:, t] = self.alive
-        self.log_q[:, t] = torch.where(self.alive, logp, 0.0)
-        self.alive = self.alive & ~torch.isin(token, self.stops)
+        """The t-th token of each live draw from the logits [R, W]."""
+        token, logp = draw(self.law(logits), self.uniform[self.live, t], self.node)
+        self.tokens[self.live, t], self.mask[self.live, t], self.log_q[self.live, t] = token, True, logp
+        keep = ~torch.isin(token, self.stops)
+        self.live, self.node = self.live[keep], self.node[keep]
+
+    def branch(self, t: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The rows to come, one for each distinct prefix of the live draws: [R'] the row it goes on from, its token, and whether it stays.
+
+        One of those that go on from a row stays in its place where there is such a row among the R'; the others take the places that are
+        left. So no row is needed by a mover after another has taken its place.
+        """
+        token = self.tokens[self.live, t]
+        token = torch.where(token < self.readable, token, 0)  # what cannot be read has probability 0: what follows is of no account
+        key, child = (self.node * self.readable + token).unique(return_inverse=True)
+        n, row = len(key), key // self.readable
+        first = torch.ones_like(key, dtype=torch.bool)
+        first[1:] = row[1:] != row[:-1]
+        stays = first & (row < n)
+        free = torch.ones_like(stays)
+        free[row[stays]] = False
+        place = row.clone()
+        place[~stays] = free.nonzero()[:, 0]
+        self.node = place[child]
+        order = place.argsort()
+        return row[order], (key % self.readable)[order], stays[order]
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
         """[P, K, T] tokens, mask, log-probabilities, on the CPU."""
@@ -328,15 +437,6 @@ class _Falling:
 def _shortest(rows: Rows) -> int:
     """The row with most padding before it."""
     return min(range(len(rows)), key=lambda p: len(rows[p]))
-
-
-def draw(logp: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens [R] and their log-probabilities from laws [R, V], by inverse CDF at uniforms [R] in [0, 1)."""
-    cumulative = logp.exp().cumsum(1)
-    total = cumulative[:, -1:]
-    point = torch.minimum(uniform[:, None].to(total.dtype) * total, torch.nextafter(total, torch.zeros_like(total)))
-    token = torch.searchsorted(cumulative, point, right=True).clamp_(max=logp.shape[1] - 1)
-    return token[:, 0], logp.gather(1, token)[:, 0]
 
 
 @torch.no_grad()
@@ -366,14 +466,37 @@ def checked(name: str, model: Any) -> Passes:
         raise UserError(f"{name}: what {kind} predicts moves when later tokens are added: it is not causal")
     if not all(bare.agree(plain[p, p], alone[p]) for p in range(2)):
         raise UserError(f"{name}: {kind} gives other probabilities in a padded batch than alone, so that it cannot be scored")
-    return Passes(
-        model, tuple(layout for layout, holds in (("cached", _cached_holds), ("tree", _tree_holds)) if holds(bare, rows, tokens, plain))
-    )
+    bare = Passes(model, split=_splits(bare, rows[1], tokens[1, 1]))
+    tried = (("cached", _cached_holds), ("tree", _tree_holds))
+    return Passes(model, tuple(layout for layout, holds in tried if holds(bare, rows, tokens, plain)), bare.split)
+
+
+def _splits(bare: Passes, row: list[int], tokens: Tensor) -> bool:
+    """Whether the head reads the last hidden states, and what it says are the logits: nothing is done before or behind it."""
+    ids = torch.cat([torch.tensor(row, device=bare.device), bare._read(tokens)])[None]
+    read: list[Tensor] = []
+    pattern = torch.linspace(-300, 300, bare.width, device=bare.device)  # a cap or a scale would show on it
+
+    def hook(module: Any, given: Any, found: Tensor) -> Tensor:
+        read.append(given[0])
+        return pattern.to(found.dtype).expand(found.shape)
+
+    try:
+        base = bare.model.base_model
+        hidden = base(ids, use_cache=False)[0]
+        handle = bare.model.get_output_embeddings().register_forward_hook(hook)
+        try:
+            said = bare.model(ids, use_cache=False).logits
+        finally:
+            handle.remove()
+        return base is not bare.model and torch.equal(said[0, 0].float(), pattern.to(said.dtype).float()) and torch.equal(read[0], hidden)
+    except Exception:  # a wrapper without a base of its own, or whose base returns something else
+        return False
 
 
 def _cached_holds(bare: Passes, rows: Rows, tokens: Tensor, plain: Tensor) -> bool:
     uniform = torch.linspace(0.05, 0.95, tokens.numel(), dtype=torch.float64).view(tokens.shape)
-    falling = _Falling(bare, uniform, lambda logits: logits.float().log_softmax(-1), (-1,))
+    falling = _Falling(bare, uniform, lambda logits: logits, (-1,))
     try:
         bare._cached(rows, falling, slice(None))
         said = bare.plain(rows, falling.tokens.view(tokens.shape)).flatten(0, 1)
@@ -383,7 +506,9 @@ def _cached_holds(bare: Passes, rows: Rows, tokens: Tensor, plain: Tensor) -> bo
 
 
 def _tree_holds(bare: Passes, rows: Rows, tokens: Tensor, plain: Tensor) -> bool:
+    (piece,) = Prefixes.of(tokens).pieces([len(r) for r in rows], 1 << 30)
     try:
-        return bare.agree(bare._tree(rows, tokens), plain)
+        found = bare.head(bare._tree(rows, piece))[piece.node.to(bare.device)]
     except Exception:  # or at a mask
         return False
+    return bare.agree(found.float(), plain.flatten(0, 2)[piece.place.to(bare.device)])
