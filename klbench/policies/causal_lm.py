@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from klbench.errors import UserError
 from klbench.method import AbstractDecoding
 from klbench.policies.passes import HALF, Passes, checked
 from klbench.policies.prefixes import Piece, Prefixes
-from klbench.policies.vocabulary import LogProbs, spans
+from klbench.policies.vocabulary import FLOATS, Head, LogProbs, between, spans
 from klbench.target import Draws
 
 SYSTEM_FILE: Final = "system_prompt.txt"  # beside the weights of a policy that was trained under one
@@ -198,9 +198,9 @@ class CausalLM:
         return [flat[i : i + n] for i in range(0, len(flat), n)]
 
     @property
-    def bare(self) -> bool:
-        """Whether the law is the softmax of all the logits: no decoding, no word left out."""
-        return not self.decodings and self.words is None
+    def linear(self) -> Head | None:
+        """The head, where the law is the softmax of a linear map of the last hidden states."""
+        return None if self.decodings else self.passes.linear(self.words)
 
     def law(self, logits: Tensor) -> Tensor:
         """[..., V] float32 log-probabilities of the next token from logits [..., W]; V = columns."""
@@ -268,7 +268,7 @@ class CausalLM:
         return joined.gather(2, where[..., None].expand(-1, -1, -1, joined.shape[3]))
 
     def _drawn(self, rows: list[list[int]], uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.passes.sample(rows, uniform, (lambda logits: logits) if self.bare else self.law, self.stops)
+        return self.passes.sample(rows, uniform, self.law if self.decodings or self.words else _same, self.stops)
 
     def _states(self, prompts: Sequence[str], tokens: Tensor, mask: Tensor | None, most: int | None = None) -> Iterator[tuple[Piece, Tensor]]:
         """Distinct prefixes in pieces, and the states [R, D] at their nodes; differentiable."""
@@ -308,19 +308,21 @@ class CausalLM:
     def _picked(self, states: Tensor, piece: Piece, known: Tensor | None = None) -> Tensor:
         """[M] log-probabilities of a piece's tokens from the states at its nodes."""
         node, token = piece.node.to(states.device), piece.next.to(states.device)
-        linear = self.passes.linear
-        if self.bare and linear is not None:
+        linear = self.linear
+        if linear is not None:
             kind = states.device.type
             half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
             values = None if known is None else known.to(states.device)
-            found: Tensor = LogProbs.apply(states, linear.weight, linear.bias, node, token, values, half)  # type: ignore[no-untyped-call]
+            found: Tensor = LogProbs.apply(states, *linear, node, token, values, half)  # type: ignore[no-untyped-call]
             return found
-        return torch.cat(
-            [
-                _again(lambda s, n, t: _pick(self.law(self.passes.head(s))[n], t), states[rows], node[some] - rows.start, token[some])
-                for rows, some in spans(node, len(states), self.columns)
-            ]
-        )
+        said = lambda s, n, t: _pick(self.law(self.passes.head(s))[n], t)  # noqa: E731
+        parts = spans(node, len(states), self._at_once)
+        return torch.cat([_again(said, states[rows], node[some] - rows.start, token[some]) for rows, some in parts])
+
+    @property
+    def _at_once(self) -> int:
+        """Laws held at once where each is needed whole."""
+        return max(1, FLOATS // self.columns)
 
     def prompt_log_prob(self, prompts: Sequence[str]) -> Tensor:
         """[P] log-probability of each prompt's tokens behind its first, differentiable; 0 for a prompt of one."""
@@ -375,6 +377,10 @@ def _pick(law: Tensor, index: Tensor) -> Tensor:
     return law.gather(1, index.clamp(max=law.shape[1] - 1)[:, None])[:, 0].masked_fill(index >= law.shape[1], -torch.inf)
 
 
+def _same(logits: Tensor) -> Tensor:
+    return logits
+
+
 def _again(made: Callable[..., Any], *given: Tensor) -> Any:
     """`made(*given)`, whose inner tensors are made anew for the gradient in place of being kept."""
     return checkpoint(made, *given, use_reentrant=False) if torch.is_grad_enabled() else made(*given)
@@ -411,13 +417,14 @@ def token_laws(q: CausalLM, p0: CausalLM, prompts: Sequence[str], tokens: Tensor
         same = p0.model is q.model and p0.tokenizer is q.tokenizer and (p0.chat, p0.system) == (q.chat, q.system)
         theirs = states if same else p0.passes.states(starts, piece).to(states.device)
         node, token = piece.node.to(states.device), piece.next.to(states.device)
-        for rows, some in spans(node, len(states), q.columns):
-            logits = q.passes.head(states[rows])
-            lq = q.law(logits)
-            l0 = lq if p0 is q else p0.law(logits if same else p0.passes.head(theirs[rows]))
-            at, which = node[some] - rows.start, token[some]
-            log_q, log_p0 = (_pick(law[at], which) for law in (lq, l0))
-            out[:, piece.place[some]] = torch.stack([log_q, log_p0, *(x[at] for x in _between(lq, l0))]).cpu()
+        heads = q.linear, p0.linear
+        found: Iterable[Tensor] | None = None
+        if heads[0] is not None and heads[1] is not None and q.columns == p0.columns:
+            found = between(states, heads[0], theirs, heads[1], node, token)
+        if found is None:
+            found = _whole(q, states, p0, theirs, same, node, token)
+        log_q, log_p0, *sums = found
+        out[:, piece.place] = torch.stack([log_q, log_p0, *(x[node] for x in sums)]).cpu()
     log_q, log_p0, entropy, cross, lost = (x.view(tokens.shape) for x in out)
     if drawn is not None:
         part = log_q[:, : drawn.shape[1]]
@@ -427,22 +434,23 @@ def token_laws(q: CausalLM, p0: CausalLM, prompts: Sequence[str], tokens: Tensor
     return TokenLaws(log_q, log_p0, entropy, cross, lost)
 
 
-def _between(lq: Tensor, l0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """H(q), H(q, p0) and KL(p0 || q) of laws lq, l0 [R, V]; [R] each, infinite where a mass meets none."""
-    if lq.shape == l0.shape:
-        q = lq.exp()
-        entropy = -torch.linalg.vecdot(q, lq)
-        cross = entropy if l0 is lq else -torch.linalg.vecdot(q, l0)
-        lost = torch.zeros_like(entropy) if l0 is lq else torch.linalg.vecdot(torch.exp(l0, out=q), l0 - lq)
-        if bool(torch.isfinite(entropy + cross + lost).all()):
-            return entropy, cross, lost
-    lq, l0 = _as_wide(lq, l0), _as_wide(l0, lq)  # some token has no mass: 0 times -inf is 0
-    q_low, p_low = lq.clamp(min=-1e30), l0.clamp(min=-1e30)
-    entropy = -torch.linalg.vecdot(lq.exp(), q_low)
-    apart = ((l0 == -torch.inf) & (lq > -torch.inf)).any(-1)
-    cross = (-torch.linalg.vecdot(lq.exp(), p_low)).masked_fill(apart, torch.inf)
-    gone = ((lq == -torch.inf) & (l0 > -torch.inf)).any(-1)
-    return entropy, cross, torch.linalg.vecdot(l0.exp(), p_low - q_low).masked_fill(gone, torch.inf)
+def _whole(q: CausalLM, ours: Tensor, p0: CausalLM, theirs: Tensor, same: bool, node: Tensor, token: Tensor) -> Iterable[Tensor]:
+    """What `between` returns, from whole laws: with decodings, and with tokens that have no mass. same: both have the same logits."""
+    parts = []
+    for rows, some in spans(node, len(ours), q._at_once):
+        logits = q.passes.head(ours[rows])
+        lq = q.law(logits)
+        l0 = lq if p0 is q else p0.law(logits if same else p0.passes.head(theirs[rows]))
+        at, which = node[some] - rows.start, token[some]
+        picked = [_pick(law[at], which) for law in (lq, l0)]
+        lq, l0 = _as_wide(lq, l0), _as_wide(l0, lq)
+        q_low, p_low = lq.clamp(min=-1e30), l0.clamp(min=-1e30)  # 0 times -inf is 0 here: a token nobody draws
+        apart = ((l0 == -torch.inf) & (lq > -torch.inf)).any(-1)
+        gone = ((lq == -torch.inf) & (l0 > -torch.inf)).any(-1)
+        entropy = -torch.linalg.vecdot(lq.exp(), q_low)
+        cross = (-torch.linalg.vecdot(lq.exp(), p_low)).masked_fill(apart, torch.inf)
+        parts.append((*picked, entropy, cross, torch.linalg.vecdot(l0.exp(), p_low - q_low).masked_fill(gone, torch.inf)))
+    return (torch.cat(x) for x in zip(*parts, strict=True))
 
 
 def log_probs_and_kl(q: CausalLM, p0: CausalLM, prompts: Sequence[str], tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -464,7 +472,7 @@ def log_probs_and_kl(q: CausalLM, p0: CausalLM, prompts: Sequence[str], tokens: 
         with torch.no_grad():
             theirs = p0.passes.states(starts, piece)
         node, token = piece.node.to(states.device), piece.next.to(states.device)
-        for rows, some in spans(node, len(states), q.columns):
+        for rows, some in spans(node, len(states), q._at_once):
             found = _again(made, states[rows], theirs[rows], node[some] - rows.start, token[some])
             places.append(piece.place[some])
             log_q.append(found[0])

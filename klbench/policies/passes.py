@@ -27,7 +27,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from klbench.errors import UserError
 from klbench.policies.prefixes import Piece, Prefixes
-from klbench.policies.vocabulary import draw
+from klbench.policies.vocabulary import Head, draw
 
 LOGITS = 6_000_000  # floats of logits held at once by a pass without a linear head
 POSITIONS = 2048  # read at once by a pass without gradient
@@ -144,11 +144,12 @@ class Passes:
         config = self.model.config
         return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
-    @property
-    def linear(self) -> Any:
-        """The head as a plain linear layer (weight, bias); None where it is another, or there is more to the logits than it."""
+    def linear(self, words: int | None) -> Head | None:
+        """Weight and bias of the head, for the first `words` ids; None where it is no linear layer, or there is more to the logits than it."""
         head = self.model.get_output_embeddings() if self.split else None
-        return head if type(head) is torch.nn.Linear else None
+        if type(head) is not torch.nn.Linear:
+            return None
+        return head.weight[:words], None if head.bias is None else head.bias[:words]
 
     @property
     def positions(self) -> int:

@@ -1,9 +1,10 @@
-"""Sums over a vocabulary, some rows at a time: no step holds a law for every token of a batch.
+"""Sums over a vocabulary, a block of it at a time: no step holds a law for every token of a batch.
 
     log q(v | s) = <w_v, s> + b_v - log sum_u exp(<w_u, s> + b_u)      s: last hidden state [R, D];  w, b: the head
 
-A chunk of rows is made, used and dropped while it is in the cache. In training the logits of a chunk are made again for its gradient,
-which needs less time than to keep and fetch them.
+A block of logits is made, used and dropped while it is in the cache, whatever the vocabulary and the batch. In training the logits of a
+row are made again for its gradient, which needs less time than to keep and fetch them. softmax is used where exp would do: it is one
+fused pass, and faster.
 """
 
 from __future__ import annotations
@@ -14,23 +15,88 @@ from typing import Any, Final, final
 import torch
 from torch import Tensor
 
-ROWS: Final = 128  # of a chunk at least: fewer, and reading the head's weights is what a product costs
-FLOATS: Final = 1 << 20  # of a chunk beyond that
+ROWS: Final = 256  # of a block: fewer, and reading the head's weights is what a product costs
+FLOATS: Final = 1 << 20  # of a block: the width is cut where there would be more
+TRAINED: Final = 1 << 24  # floats of logits of one chunk of rows in a backward pass, over the whole vocabulary
+
+Head = tuple[Tensor, Tensor | None]  # weight [V, D], bias [V]
 
 
-def chunks(rows: int, width: int) -> Iterator[slice]:
-    """Slices of `rows` laws over `width` tokens."""
-    step = max(ROWS, FLOATS // max(1, width))
-    for i in range(0, rows, step):
-        yield slice(i, i + step)
+def spans(node: Tensor, rows: int, step: int) -> Iterator[tuple[slice, slice]]:
+    """Chunks of `step` of the rows, and of the tokens [M] that hang on them (`node`: the row of each, ascending)."""
+    starts = list(range(0, rows, step))
+    ends = torch.searchsorted(node, torch.tensor([*starts, rows], device=node.device)).tolist()
+    for k, start in enumerate(starts):
+        yield slice(start, min(start + step, rows)), slice(ends[k], ends[k + 1])
 
 
-def spans(node: Tensor, rows: int, width: int) -> Iterator[tuple[slice, slice]]:
-    """Chunks of the rows, and of the tokens [M] that hang on them (`node`: the row of each, ascending)."""
-    parts = list(chunks(rows, width))
-    ends = torch.searchsorted(node, torch.tensor([0, *(part.stop for part in parts)], device=node.device)).tolist()
-    for k, part in enumerate(parts):
-        yield part, slice(ends[k], ends[k + 1])
+def _blocks(width: int) -> list[slice]:
+    """Parts of a vocabulary, equal to a token."""
+    many = -(-width * ROWS // FLOATS)
+    return [slice(width * k // many, width * (k + 1) // many) for k in range(many)]
+
+
+def _logits(states: Tensor, head: Head, block: slice) -> Tensor:
+    return torch.nn.functional.linear(states, head[0][block], None if head[1] is None else head[1][block]).float()
+
+
+def _told(logits: Tensor, block: slice, row: Tensor, token: Tensor, out: Tensor) -> None:
+    """Puts into `out` [M] the logits of those tokens that are in the block."""
+    here = ((token >= block.start) & (token < block.stop)).nonzero()[:, 0]
+    out[here] = logits[row[here], token[here] - block.start]
+
+
+def log_probs(states: Tensor, head: Head, node: Tensor, token: Tensor) -> Tensor:
+    """[M] log-probabilities of tokens, node [M] ascending: the state before each; -inf for a token beyond V. No gradient."""
+    width, out = head[0].shape[0], torch.full((len(node),), -torch.inf, device=states.device)
+    for rows, some in spans(node, len(states), ROWS):
+        at, which, parts = node[some] - rows.start, token[some], []
+        for block in _blocks(width):
+            logits = _logits(states[rows], head, block)
+            parts.append(_norm(logits, logits.softmax(1)))
+            _told(logits, block, at, which, out[some])
+        out[some] -= torch.stack(parts).logsumexp(0)[at] if len(parts) > 1 else parts[0][at]
+    return out
+
+
+def _norm(logits: Tensor, law: Tensor) -> Tensor:
+    """[R] log sum exp of logits whose softmax is `law`."""
+    return logits.amax(1) - law.amax(1).log()
+
+
+def between(
+    ours: Tensor, head: Head, theirs: Tensor, other: Head, node: Tensor, token: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
+    """What two models say, q from the states `ours`, p0 from `theirs` [R, D]: log q and log p0 of tokens [M], and over the vocabulary
+    H(q), H(q, p0) and KL(p0 || q) [R], in nats.
+
+    With a block's own laws q_b and its share w_b of the mass, sum_v q z = sum_b w_b sum_v q_b z. None where some sum is not finite: a token
+    has no mass, or the weights are not numbers. Both heads have the same V.
+    """
+    blocks, device = _blocks(head[0].shape[0]), ours.device
+    picked = torch.full((2, len(node)), -torch.inf, device=device)
+    sums = torch.empty(3, len(ours), device=device)
+    for rows, some in spans(node, len(ours), ROWS):
+        at, which = node[some] - rows.start, token[some]
+        norm: list[Tensor] = []  # of both, a block
+        mean: list[Tensor] = []  # q_b z, q_b y, p_b z, p_b y
+        for block in blocks:
+            z, y = _logits(ours[rows], head, block), _logits(theirs[rows], other, block)
+            _told(z, block, at, which, picked[0, some])
+            _told(y, block, at, which, picked[1, some])
+            q, p = z.softmax(1), y.softmax(1)
+            tops = [x.amax(1, keepdim=True) for x in (z, y)]
+            norm.append(torch.stack([top[:, 0].double() - law.amax(1).double().log() for top, law in zip(tops, (q, p), strict=True)]))
+            centred = [x.sub_(top) for x, top in zip((z, y), tops, strict=True)]  # what has mass is near 0 then, and keeps its digits
+            mean.append(torch.stack([torch.linalg.vecdot(law, x) + top[:, 0] for law in (q, p) for x, top in zip(centred, tops, strict=True)]))
+        norms = torch.stack(norm)
+        whole = norms.logsumexp(0)
+        share = (norms - whole).exp()
+        moment = torch.stack(mean).double().unflatten(1, (2, 2))  # [blocks, law, logits, R]
+        (qz, qy), (pz, py) = (share[:, :, None] * moment).sum(0)
+        picked[:, some] -= whole.float()[:, at]
+        sums[:, rows] = torch.stack([whole[0] - qz, whole[1] - qy, (py - whole[1]) - (pz - whole[0])]).float()
+    return (picked[0], picked[1], *sums) if bool(torch.isfinite(sums).all()) else None  # type: ignore[return-value]
 
 
 @final
@@ -46,77 +112,64 @@ class LogProbs(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, node: Tensor, token: Tensor, known: Tensor | None, half: Any
     ) -> Tensor:
-        dtype = states.dtype if half is None else half
-        ctx.dtype, ctx.width = dtype, weight.shape[0]
+        ctx.dtype = states.dtype if half is None else half
+        ctx.save_for_backward(states, weight, bias, node, token)
+        if known is not None:
+            return known.clone()
         with torch.autocast(states.device.type, enabled=False):
-            if known is None:
-                out = torch.empty(len(node), device=states.device)
-                norms = torch.empty(len(states), device=states.device)
-                s, w, b = (None if x is None else x.to(dtype) for x in (states, weight, bias))
-                for rows, some in spans(node, len(states), ctx.width):
-                    logits = torch.nn.functional.linear(s[rows], w, b).float()  # type: ignore[index,arg-type]
-                    norms[rows] = logits.logsumexp(1)
-                    out[some] = logits[node[some] - rows.start, token[some].clamp(max=ctx.width - 1)] - norms[rows][node[some] - rows.start]
-                out.masked_fill_(token >= ctx.width, -torch.inf)
-            else:
-                out, norms = known.clone(), states.new_empty(0)
-        ctx.save_for_backward(states, weight, bias, node, token, norms)
-        return out
+            s, w, b = (None if x is None else x.to(ctx.dtype) for x in (states, weight, bias))
+            assert s is not None and w is not None
+            return log_probs(s, (w, b), node, token)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Any:
-        states, weight, bias, node, token, norms = ctx.saved_tensors
-        (grad,) = upstream
-        grad = grad.masked_fill(token >= ctx.width, 0.0)
-        total = torch.zeros(len(states), device=states.device).index_add_(0, node, grad.float())
+        states, weight, bias, node, token = ctx.saved_tensors
+        width = weight.shape[0]
+        grad = upstream[0].masked_fill(token >= width, 0.0).float()
+        total = torch.zeros(len(states), device=states.device).index_add_(0, node, grad)
         of_states = torch.empty(states.shape, dtype=ctx.dtype, device=states.device)
-        wanted = ctx.needs_input_grad
-        of_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wanted[1] else None
-        of_bias = torch.zeros(bias.shape, device=bias.device) if bias is not None and wanted[2] else None
+        of_weight = torch.zeros(weight.shape, device=weight.device) if ctx.needs_input_grad[1] else None
+        of_bias = torch.zeros(bias.shape, device=bias.device) if bias is not None and ctx.needs_input_grad[2] else None
         s, w, b = (None if x is None else x.to(ctx.dtype) for x in (states, weight, bias))
-        for rows, some in spans(node, len(states), ctx.width):
-            assert s is not None and w is not None
-            logits = torch.nn.functional.linear(s[rows], w, b).float()
-            norm = norms[rows] if len(norms) else logits.logsumexp(1)
-            back = logits.sub_(norm[:, None]).exp_().mul_(-total[rows, None])
-            back.index_put_((node[some] - rows.start, token[some].clamp(max=ctx.width - 1)), grad[some].float(), accumulate=True)
+        assert s is not None and w is not None
+        for rows, some in spans(node, len(states), max(ROWS, TRAINED // width)):
+            law = _logits(s[rows], (w, b), slice(width)).softmax(1)
+            back = law.mul_(-total[rows, None])
+            back.index_put_((node[some] - rows.start, token[some].clamp(max=width - 1)), grad[some], accumulate=True)
+            if of_bias is not None:
+                of_bias += back.sum(0)
             back = back.to(ctx.dtype)
             torch.mm(back, w, out=of_states[rows])
-            if of_weight is not None:
-                if ctx.dtype == torch.float32:
-                    of_weight.addmm_(back.T, s[rows])
-                else:
-                    of_weight += (back.T @ s[rows]).float()
-            if of_bias is not None:
-                of_bias += back.float().sum(0)
-        returned = (of_states.to(states.dtype), None if of_weight is None else of_weight.to(weight.dtype), of_bias)
-        return (*returned, None, None, None, None)
+            if of_weight is not None and ctx.dtype == torch.float32:
+                of_weight.addmm_(back.T, s[rows])
+            elif of_weight is not None:
+                of_weight += (back.T @ s[rows]).float()
+        found = (of_states.to(states.dtype), None if of_weight is None else of_weight.to(weight.dtype), of_bias)
+        return (*found, None, None, None, None)
 
 
 def draw(law: Tensor, uniform: Tensor, row: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Tokens [M] and their log-probabilities from laws [R, V], by inverse CDF at uniforms [M] in [0, 1).
 
     law: logits or log-probabilities, up to a constant a row.  row [M]: of each draw; None where each row has one.  The sums are taken in
-    blocks of about sqrt(V) tokens, whose own are then searched, then one block: the cost of a draw beside that of its law is small.
+    blocks of some tokens, which are searched first, then one block: the cost of a draw beside that of its law is small.
     """
     R, V = law.shape
     law = law.float()
-    if row is None:
-        row = torch.arange(R, device=law.device)
-    wide = 1 << max(0, (V - 1).bit_length() + 1) // 2
-    blocks = -(-V // wide)
-    top = law.amax(1, keepdim=True)
-    mass = law.new_zeros(R, blocks * wide) if blocks * wide > V else law.new_empty(R, V)
-    torch.sub(law, top, out=mass[:, :V]) if blocks * wide == V else mass[:, :V].copy_(law - top)
-    mass[:, :V].exp_()
-    mass = mass.view(R, blocks, wide)
-    below = mass.sum(2, dtype=torch.float64).cumsum(1)
+    row = torch.arange(R, device=law.device) if row is None else row
+    mass = law.softmax(1)
+    norm = _norm(law, mass)
+    wide = next((w for w in (64, 128, 32, 256, 16) if V % w == 0), 64)
+    if V % wide:
+        mass = torch.nn.functional.pad(mass, (0, -V % wide))
+    mass = mass.view(R, -1, wide)
+    below = mass.sum(2).cumsum(1, dtype=torch.float64)
     total = below[:, -1]
     point = torch.minimum(uniform.double() * total[row], torch.nextafter(total, torch.zeros_like(total))[row])
-    block = torch.searchsorted(below[row], point[:, None], right=True)[:, 0].clamp_(max=blocks - 1)
+    block = torch.searchsorted(below[row], point[:, None], right=True)[:, 0].clamp_(max=mass.shape[1] - 1)
     inner = mass[row, block].double().cumsum(1)
     rest = point - torch.where(block > 0, below[row, (block - 1).clamp(min=0)], 0.0)
     rest = torch.minimum(rest.clamp(min=0.0), torch.nextafter(inner[:, -1], torch.zeros_like(rest)))
-    token = torch.searchsorted(inner, rest[:, None], right=True)[:, 0].clamp_(max=wide - 1) + block * wide
+    token = block * wide + torch.searchsorted(inner, rest[:, None], right=True)[:, 0].clamp_(max=wide - 1)
     token.clamp_(max=V - 1)
-    return token, law[row, token] - top[row, 0] - total.log().float()[row]
+    return token, law[row, token] - norm[row]
