@@ -38,11 +38,19 @@ gate: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/klbench run gate --out runs/gate
 	$(BIN)/klbench check --baseline ci/baseline.json --candidate runs/gate --gate ci/gate.yaml --junit runs/gate/junit.xml
 
+# Peers are measured on one thread and on two; MODEL=DIR measures a model of yours too, DISCO=DIR a checkout of naver/disco.
 bench: $(VENV)/.installed-dev
-	@set -e; found=; for script in benchmarks/[!_]*.py; do \
-		test -f "$$script" || continue; found=yes; \
-		echo "$(BIN)/python $$script"; $(BIN)/python "$$script"; \
+	@set -e; say() { echo "$(BIN)/python $$*"; $(BIN)/python "$$@"; }; \
+	found=; for script in benchmarks/[!_]*.py; do \
+		test -f "$$script" || continue; found=yes; also=; \
+		case $$script in */training.py) also="$(if $(DISCO),--disco $(DISCO))";; esac; \
+		say "$$script" $$also; \
+		case $$script in */training.py|*/sampling.py|*/scoring.py) \
+			say "$$script" $$also --threads 2; \
+			test -z "$(MODEL)" || say "$$script" $$also --model "$(MODEL)";; \
+		esac; \
 	done; test -n "$$found" || { echo "no benchmark in benchmarks/" >&2; exit 1; }
+	$(BIN)/python docs/make_performance.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -16,6 +16,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
@@ -23,10 +24,10 @@ from typing import TYPE_CHECKING, Any, Final, final
 import numpy as np
 
 from klbench.errors import UserError
-from klbench.estimate import BLOCKS, Estimate, t_quantile
+from klbench.estimate import BLOCKS, Estimate, finite_or_word, t_quantile
 from klbench.measure import COLUMNS
 from klbench.ranks import certain_bracket, contenders, rank_ranges
-from klbench.record import Filed, FrontierPoint, Pooled, Record, checked_in, digest, write_atomically
+from klbench.record import Filed, FrontierPoint, Pooled, Record, checked_in, columns_json, digest, one_line, write_atomically
 from klbench.standing import Standing, standings
 from klbench.truths import Beside, beside
 
@@ -141,9 +142,9 @@ class Board:
     @classmethod
     def joined(
         cls, filed: Iterable[Filed], manifest: dict[str, Any] | None = None, pools: Sequence[Pooled] = (),
-        checked: Mapping[str, str] | None = None,
+        checked: Mapping[str, str] | None = None, work: Callable[[Sequence[Callable[[], Ranked]]], list[Ranked]] | None = None,
     ) -> Board:  # fmt: skip
-        """The same of records that are hashed already."""
+        """The same of records that are hashed already. work: does what each table costs, and may share it out among processes."""
         ordered = sorted(filed, key=attrgetter("id"))
         if not ordered:
             raise UserError("a board needs at least one record")
@@ -159,7 +160,10 @@ class Board:
         made = [(own, first.record.run, group) for group in groups.values() for own, first in [next(iter(group.items()))]]
         made.sort(key=lambda g: (g[1].task, g[1].prior, g[1].beta, g[0]))
         counts = Counter(run.task for _, run, _ in made)
-        return cls(tuple(_table(group, counts[run.task] > 1, pools, checked or {}) for _, run, group in made), manifest or {})
+        pieces = [partial(_ranked, group, pools) for *_, group in made]
+        ranked = [piece() for piece in pieces] if work is None else work(pieces)
+        tables = [_table(group, counts[run.task] > 1, own, checked or {}) for (_, run, group), own in zip(made, ranked, strict=True)]
+        return cls(tuple(tables), manifest or {})
 
     @classmethod
     def read(cls, folder: Path) -> Board:
@@ -234,23 +238,26 @@ class Board:
         head += ["reverse_kl_certain_low", "reverse_kl_certain_high"]
         head += [part for name in names for part in (name, f"{name}_low", f"{name}_high", f"{name}_status")]
         head += [f"cost.{key}" for key in costs]
-        known = [name for name in names if any(name in row.record.truths for _, row in self.rows)]
+        truths = {name for _, row in self.rows for name in row.record.truths}
+        known = [name for name in names if name in truths]
         head += [f"{name}_truth" for name in known]
         out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
+        writer = csv.writer(out, lineterminator="")
         writer.writerow([_csv_cell(h) for h in head])
         for _, row in self.rows:
-            run = row.record.run
+            run, columns = row.record.run, row.columns
             said = [run.task, run.prior, run.beta, run.method, run.kind, row.role, run.seed, row.id, row.status]
-            line: list[Any] = [_csv_cell(cell) for cell in said]
-            line += [*(row.rank or (None, None)), *(row.bracket or (None, None))]
+            figures: list[Any] = [*(row.rank or (None, None)), *(row.bracket or (None, None))]
             for name in names:
-                figure = row.columns.get(name)
-                line += NOTHING if figure is None else (figure.value, figure.low, figure.high, figure.status)  # numbers and a known word
-            line += [_csv_cell(row.record.cost.get(key)) for key in costs]
-            line += [row.record.truths.get(name) for name in known]
-            writer.writerow(line)
-        return out.getvalue()
+                figure = columns.get(name)
+                figures += NOTHING if figure is None else (figure.value, figure.low, figure.high, figure.status)
+            out.write("\n")
+            writer.writerow([_csv_cell(cell) for cell in said])
+            out.write(f",{_csv_figures(figures)}")
+            if costs or known:
+                out.write(",")
+                writer.writerow([*(_csv_cell(row.record.cost.get(key)) for key in costs), *(row.record.truths.get(name) for name in known)])
+        return f"{out.getvalue()}\n"
 
     def methods_csv(self) -> str:
         """A row a method with its figures over seeds, as `to_csv` writes those of policies."""
@@ -387,12 +394,23 @@ def role(record: Record) -> str:
     return "null" if record.run.method in NULLS else record.run.kind
 
 
-def _table(filed: dict[str, Filed], shared: bool, pools: Sequence[Pooled], checked: Mapping[str, str]) -> Table:
-    """Rows of comparable records, given by id. `shared`: another table has the same task, so the title must say more."""
+@final
+@dataclass(frozen=True)
+class Ranked:
+    """What comparing the records of a table gives, by id: ranks, brackets of uncertified figures, free energies."""
+
+    ranges: dict[str, tuple[int, int]]
+    brackets: dict[str, tuple[float, float | None]]
+    free: dict[str, float]
+    methods: tuple[Standing, ...]
+    pool: Pooled | None
+
+
+def _ranked(filed: dict[str, Filed], pools: Sequence[Pooled]) -> Ranked:
+    """Of comparable records, given by id."""
     records = {own: each.record for own, each in filed.items()}
     every = list(records.values())
     pool = next((p for p in pools if p.columns.keys() <= records.keys() and p.fits(every)), None)
-    better = {} if pool is None else pool.columns
     prompts = {i: r.prompts | ({} if pool is None else pool.prompts.get(i, {})) for i, r in records.items()}
     free = {i: np.asarray(found["free"], dtype=np.float64) for i, found in prompts.items()}
     stderr = {i: np.asarray(found.get("free_stderr", np.zeros(len(free[i])))) for i, found in prompts.items()}
@@ -401,25 +419,43 @@ def _table(filed: dict[str, Filed], shared: bool, pools: Sequence[Pooled], check
     far, errors = (np.array([x[i] for i in ranked]).reshape(shape) for x in (free, stderr))
     ranges = dict(zip(ranked, rank_ranges(far), strict=True)) if ranked else {}
     best = contenders(far, errors)
-    labels = _labels(records)
-    rows = []
+    columns = {own: _columns(record, own, pool) for own, record in records.items()}
+    brackets = {}
     for own, record in records.items():
-        bracket = None
-        columns = record.columns | better.get(own, {})
-        if columns["reverse_kl"].status == "uncertified":
+        if columns[own]["reverse_kl"].status == "uncertified":
             others = [k for k in best if ranked[k] != own]
             cap = record.prompts.get("reward_max")
             cap_nats = np.asarray(cap, dtype=np.float64) / record.run.beta if cap and len(cap) == len(free[own]) else None
             count = len(ranked) - (own in ranges)
-            bracket = certain_bracket(free[own], stderr[own], far[others], errors[others], cap_nats, count)
-        provenance = "recomputed" if checked.get(own) == filed[own].sha256 else "self-reported"
-        rows.append(Row(filed[own], labels[own], columns, ranges.get(own), bracket, provenance))
-    rows.sort(key=lambda row: _order(row, float(free[row.id].mean())))
-    longest = max(every, key=span)
-    run = every[0].run
+            brackets[own] = certain_bracket(free[own], stderr[own], far[others], errors[others], cap_nats, count)
+    return Ranked(ranges, brackets, {i: float(x.mean()) for i, x in free.items()}, standings(records, columns, free), pool)
+
+
+def _columns(record: Record, own: str, pool: Pooled | None) -> dict[str, Estimate]:
+    """The record's, and over them the pooled ones."""
+    return record.columns if pool is None or own not in pool.columns else record.columns | pool.columns[own]
+
+
+def _table(filed: dict[str, Filed], shared: bool, ranked: Ranked, checked: Mapping[str, str]) -> Table:
+    """Rows of comparable records, given by id. `shared`: another table has the same task, so the title must say more."""
+    records = {own: each.record for own, each in filed.items()}
+    labels = _labels(records)
+    rows = [
+        Row(
+            each,
+            labels[own],
+            _columns(each.record, own, ranked.pool),
+            ranked.ranges.get(own),
+            ranked.brackets.get(own),
+            "recomputed" if checked.get(own) == each.sha256 else "self-reported",
+        )
+        for own, each in filed.items()
+    ]
+    rows.sort(key=lambda row: _order(row, ranked.free[row.id]))
+    longest = max(records.values(), key=span)
+    run = rows[0].record.run
     title = f"{run.task} · β {run.beta:g} · {run.prior}" if shared else run.task
-    methods = standings(records, {row.id: row.columns for row in rows}, free)
-    return Table(title, tuple(rows), tuple(sorted(longest.frontier, key=lambda p: p.reward)), pool, methods)
+    return Table(title, tuple(rows), tuple(sorted(longest.frontier, key=lambda p: p.reward)), ranked.pool, ranked.methods)
 
 
 def _json(data: Any) -> str:
@@ -429,14 +465,14 @@ def _json(data: Any) -> str:
 def _table_json(table: Table) -> str:
     run = table.first.run
     about = {
+        "beta": run.beta,
+        "pool": None if table.pool is None else {"members": list(table.pool.members), "hash": table.pool.hash},
+        "prior": run.prior,
+        "prompts": len(table.first.prompt_ids),
         "task": run.task,
         "task_version": run.task_version,
-        "prior": run.prior,
-        "beta": run.beta,
-        "prompts": len(table.first.prompt_ids),
-        "pool": None if table.pool is None else {"members": list(table.pool.members), "hash": table.pool.hash},
     }
-    lists = [("methods", [_json(_standing_json(s)) for s in table.methods])] if table.methods else []
+    lists = [("methods", map(_standing_json, table.methods))] if table.methods else []
     rest = "".join(f', "{name}": [\n' + ",\n".join(items) + "\n]" for name, items in [*lists, ("rows", map(_row_json, table.rows))])
     return f"{_json(about)[:-1]}{rest}}}"
 
@@ -445,30 +481,24 @@ def _row_json(row: Row) -> str:
     run = row.record.run
     rest = {
         "id": row.id,
-        "sha256": row.sha256,
-        "method": run.method,
         "kind": run.kind,
-        "role": row.role,
+        "method": run.method,
         "provenance": row.provenance,
-        "seed": run.seed,
-        "status": row.status,
         "rank": row.rank,
         "reverse_kl_certain": row.bracket,
-        **(row.record.model_dump(mode="json", include={"truths"}) if row.record.truths else {}),
+        "role": row.role,
+        "seed": run.seed,
+        "sha256": row.sha256,
+        "status": row.status,
+        **({"truths": {name: finite_or_word(x) for name, x in row.record.truths.items()}} if row.record.truths else {}),
     }
-    pooled = row.columns != row.record.columns
-    columns = _json({name: figure.to_json() for name, figure in row.columns.items()}) if pooled else row.filed.columns
+    columns = columns_json(row.columns) if row.columns != row.record.columns else row.filed.columns
     return f'{{"columns": {columns}, {_json(rest)[1:]}'
 
 
-def _standing_json(standing: Standing) -> dict[str, Any]:
-    return {
-        "method": standing.method,
-        "seeds": list(standing.seeds),
-        "rank": standing.rank,
-        "columns": {name: standing.columns[name].to_json() for name in sorted(standing.columns)},
-        "curve": [list(point) for point in standing.curve],
-    }
+def _standing_json(standing: Standing) -> str:
+    rest = {"curve": standing.curve, "method": standing.method, "rank": standing.rank, "seeds": standing.seeds}
+    return f'{{"columns": {columns_json(standing.columns)}, {_json(rest)[1:]}'
 
 
 def _order(row: Row, free: float) -> tuple[bool, bool, float, str]:
@@ -501,6 +531,8 @@ def figure_text(x: float | None) -> str:
     """Three decimals below 10, two below 100, one above; an en dash for nothing."""
     if x is None:
         return "–"
+    if 0.0 < x < 9.9995:
+        return f"{x:.3f}"  # most of them
     size = abs(x)
     if size < 9.9995:
         text = f"{x:.3f}"
@@ -524,6 +556,11 @@ def rank_text(row: Row, dash: str = "–") -> str:
 def place_text(rank: tuple[int, int], dash: str = "–") -> str:
     low, high = rank
     return f"{low}" if low == high else f"{low}{dash}{high}"
+
+
+def _csv_figures(figures: Sequence[float | str | None]) -> str:
+    """Cells of numbers and known words, which need no quotes: a large table has a million numbers, and `csv` is slow to write them."""
+    return one_line(figures)[1:-1].replace("null", "").replace('"', "").replace("Infinity", "inf")
 
 
 def _csv_cell(cell: Any) -> Any:

@@ -47,10 +47,10 @@ class Estimate:
     def __post_init__(self) -> None:
         if self.status not in STATUSES:
             raise ValueError(f"status {self.status!r} is none of {', '.join(STATUSES)}")
-        for name in self.NUMBERS:
-            number = getattr(self, name)
-            if number is not None and math.isnan(number):
-                raise ValueError(f"{name} of an estimate is NaN; an undefined figure is None with a status")
+        numbers = (self.value, self.low, self.high, self.stderr, self.ess)
+        if any([x != x for x in numbers]):  # only NaN differs from itself, and a large board has a million of these
+            name = next(name for name in self.NUMBERS if (x := getattr(self, name)) != x)
+            raise ValueError(f"{name} of an estimate is NaN; an undefined figure is None with a status")
         if any(map(math.isnan, self.population or ())):
             raise ValueError("population of an estimate holds NaN")
 

@@ -81,6 +81,9 @@ def bounded(column: str, figure: Estimate) -> Estimate:
     The bounds are 0 and infinity unless BOUNDS says otherwise; of a column that a task or another tool named nobody knows any.
     """
     least, most = BOUNDS.get(column, (-math.inf if column.startswith(OPEN) else 0.0, math.inf))
+    if figure.value is not None and figure.low is not None and figure.high is not None:
+        if least <= figure.low <= figure.value <= figure.high <= most:
+            return figure
     clip = lambda x: None if x is None else min(max(x, least), most)  # noqa: E731
     value, low, high = map(clip, (figure.value, figure.low, figure.high))
     if value is not None:

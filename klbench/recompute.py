@@ -37,10 +37,11 @@ from klbench.bank import Bank
 from klbench.errors import UserError
 from klbench.estimate import Array
 from klbench.method import AbstractSampler
+from klbench.page import site
 from klbench.policies.causal_lm import CausalLM
 from klbench.pooled import stored
 from klbench.priors import SHIPPED
-from klbench.record import CHECKED, Pooled, Record, Run, checked_in, digest, write_atomically
+from klbench.record import CHECKED, Filed, Pooled, Record, Run, checked_in, digest, write_atomically
 from klbench.rows import Rows
 from klbench.score import OWN, figures, hashes, told
 from klbench.sheet import Law, Sheet
@@ -117,7 +118,8 @@ class Recomputer:
 
     def verdict(self, path: Path) -> Verdict:
         """Of the record in a file of the directory. Raises UserError for a file that is no record."""
-        record = Record.read(path)
+        filed = Filed.read(path)
+        record = filed.record
         run, found, missing = record.run, list[Difference](), dict[str, tuple[str, ...]]()
         if path.stem != run.id:
             found.append(Difference(path.stem, "run", path.stem, run.id))
@@ -135,7 +137,7 @@ class Recomputer:
             more, wrong, unknown = self._pooled[run.id]
             cells, missing = cells + more, missing | unknown
             found += wrong
-        return Verdict(path.stem, digest(record.comparable()), tuple(found), missing, cells)
+        return Verdict(path.stem, filed.sha256, tuple(found), missing, cells)
 
     def _compared(self, record: Record, name: str) -> tuple[int, list[Difference], dict[str, tuple[str, ...]]]:
         run, samples = record.run, self.directory / "samples" / f"{name}.npz"
@@ -464,7 +466,7 @@ def _files(directory: Path) -> list[Difference]:
     out: list[Difference] = []
     with tempfile.TemporaryDirectory() as folder:
         fresh = Path(folder)
-        grid.publish(fresh, grid.records_in(directory), grid.manifest_in(directory), None, Pooled.all_in(directory), checked_in(directory))
+        site.build(directory, fresh)
         for made in sorted(p for p in fresh.rglob("*") if p.is_file()):
             name = str(made.relative_to(fresh))
             there = directory / name

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
-import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final, Literal, final
 
-import numpy as np
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -29,7 +27,7 @@ from pydantic import (
 from pydantic_core import to_json
 
 from klbench.errors import UserError
-from klbench.estimate import Estimate
+from klbench.estimate import Estimate, finite_or_word
 
 SCHEMA: Final = 1
 NOT_FINITE: Final = "NaN and infinite numbers are not JSON compliant"
@@ -68,17 +66,23 @@ class Strict(BaseModel):
 
 class Grown(Strict):
     """A strict model with LATER, fields that came after the first records: one at its default is not written, so that ids and hashes of
-    older runs stand. Apart from Strict because a serializer in Python costs a record with fifty small parts a third of its hash."""
+    older runs stand. Apart from Strict because a serializer in Python is slow, and a record has fifty small parts."""
 
     LATER: ClassVar[tuple[str, ...]] = ()
 
     @model_serializer(mode="wrap")
     def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         data: dict[str, Any] = handler(self)
-        for name in self.LATER:
-            if getattr(self, name) == type(self).model_fields[name].get_default(call_default_factory=True):
+        for name, default in _later(type(self)):
+            if getattr(self, name) == default:
                 data.pop(name, None)
         return data
+
+
+@cache
+def _later(kind: type[Grown]) -> list[tuple[str, Any]]:
+    """LATER with defaults."""
+    return [(name, kind.model_fields[name].get_default(call_default_factory=True)) for name in kind.LATER]
 
 
 class Train(Grown):
@@ -255,7 +259,11 @@ def _bytes(path: Path) -> bytes:
 @final
 @dataclass(frozen=True)
 class Filed:
-    """A record with what is hashed of it. columns: its columns as JSON with sorted keys.  sha256: of `comparable()`."""
+    """A record with what is hashed of it.
+
+    sha256: of its JSON without cost.machine, which alone may differ between equal runs: UTF-8, keys sorted, no spaces, numbers with the
+    fewest digits that read back. How the file is laid out that it came from makes no difference.  columns: the part with the columns.
+    """
 
     record: Record
     id: str
@@ -264,23 +272,29 @@ class Filed:
 
     @classmethod
     def of(cls, record: Record) -> Filed:
-        data = record.comparable()
-        parts = {key: _json(data[key]) for key in sorted(data)}
-        return cls._hashed(record, parts["columns"], ", ".join(f"{_json(key)}: {part}" for key, part in parts.items()))
+        run, columns = record.run, columns_json(record.columns)
+        rest = {
+            **_fields(record),
+            "cost": _by_key({key: value for key, value in record.cost.items() if key != "machine"}),
+            "curve": _curve(record.curve),
+            "hashes": _by_key(record.hashes),
+            "prompts": dict(sorted(record.prompts.items())),
+            "run": {
+                **_fields(run),
+                "hashes": _by_key(run.hashes),
+                "score": _fields(run.score),
+                "train": None if run.train is None else _fields(run.train),
+            },
+        }
+        if record.truths:
+            rest["truths"] = {name: finite_or_word(value) for name, value in sorted(record.truths.items())}
+        del rest["columns"]  # the first of its keys
+        return cls(record, run.id, sha256(f'{{"columns":{columns},{one_line(rest)[1:]}'.encode()).hexdigest(), columns)
 
     @classmethod
     def read(cls, path: Path) -> Filed:
-        """The same as `of(Record.read(path))`, at half the cost where the file is what `Record.to_json` writes, to the last byte: then
-        what is hashed is its text without line ends, and no number has to be written again. Raises UserError."""
-        raw = _bytes(path)
-        record = Record.parse(raw, path)
-        if raw != _written(record):
-            return cls.of(record)
-        head, _, rest = raw.partition(b',\n "cost": ')  # keys are sorted, and a line starts where no text goes on
-        cost = _json({key: value for key, value in record.cost.items() if key != "machine"})
-        columns = _on_one_line(head.removeprefix(b'{\n "columns": '))
-        rest = rest[rest.index(b',\n "curve": ') : -len("\n}\n")]
-        return cls._hashed(record, columns, f'"columns": {columns}, "cost": {cost}{_on_one_line(rest)}')
+        """Raises UserError, as `Record.read`."""
+        return cls.of(Record.read(path))
 
     def lean(self, frontier: bool) -> Filed:
         """Without what a board does not read: draws, most of the curve, per-prompt values that no rank needs, the frontier unless asked."""
@@ -293,70 +307,26 @@ class Filed:
         }
         return replace(self, record=given.model_copy(update=left))
 
-    @classmethod
-    def _hashed(cls, record: Record, columns: str, inside: str) -> Filed:
-        return cls(record, record.run.id, hashlib.sha256(f"{{{inside}}}".encode()).hexdigest(), columns)
+
+def one_line(data: Any) -> str:
+    """JSON without spaces, by pydantic's encoder, which is five times as fast as `json`. Keys stay in their order."""
+    return to_json(data, inf_nan_mode="constants").decode()
 
 
-def _json(data: Any) -> str:
-    """As `digest` hashes it."""
-    return json.dumps(data, sort_keys=True, ensure_ascii=False)
+def columns_json(columns: Mapping[str, Estimate]) -> str:
+    """Of figures by name, keys sorted; an infinite number is a word, as in a record."""
+    every = sorted(columns.items())
+    text = one_line({name: {part: values[part] for part in PARTS} for name, figure in every for values in [vars(figure)]})
+    return one_line({name: _by_key(figure.to_json()) for name, figure in every}) if "Infinity" in text else text
 
 
-def _on_one_line(layout: bytes) -> str:
-    """JSON of one line from JSON with a line an item: indentation goes, and a line end is a space behind a comma and else nothing."""
-    text = np.frombuffer(layout, dtype=np.uint8)
-    ends, keep = np.flatnonzero(text == ord("\n")), np.ones(len(text), dtype=bool)
-    at = ends + 1
-    while len(at := at[text[at] == ord(" ")]):
-        keep[at] = False
-        at = at + 1
-    behind = text[ends - 1] == ord(",")
-    keep[ends[~behind]] = False
-    line = text.copy()
-    line[ends[behind]] = ord(" ")
-    return line[keep].tobytes().decode()
+PARTS: Final = sorted(field.name for field in fields(Estimate))
 
 
-def _written(record: Record) -> bytes:
-    """What `Record.to_json` writes, by pydantic's encoder, which is five times as fast. Where the two write a number in another way (1e16)
-    this is not it: there to be compared with a file."""
-    run = record.run
-    data = {
-        **_fields(record),
-        "columns": {name: _fields(figure) for name, figure in sorted(record.columns.items())},
-        "cost": _by_key(record.cost),
-        "curve": _curve(record.curve),
-        "hashes": _by_key(record.hashes),
-        "prompts": _by_key(record.prompts),
-        "run": {**_fields(run), "hashes": _by_key(run.hashes), "score": _fields(run.score), "train": run.train and _fields(run.train)},
-    }
-    text = to_json(data, indent=1, inf_nan_mode="constants") + b"\n"
-    if b"Infinity" in text:
-        text = INFINITE.sub(rb' "\1inf"\2', text)
-    return SMALL.sub(_small, EXPONENT.sub(rb"e-0\1\2", text))
-
-
-# A number ends its line, where a text has a quote. Patterns start with a fixed text, which `re` finds ten times as fast as anything else.
-INFINITE: Final = re.compile(rb" (-?)Infinity(,?\n)")  # a word in an estimate, refused elsewhere
-EXPONENT: Final = re.compile(rb"e-(\d)(,?\n)")  # 1e-6, which Python writes 1e-06
-SMALL: Final = re.compile(rb"0\.0000\d+(?=,?\n)")  # 0.00001, which Python writes 1e-05
-
-
-def _curve(points: Sequence[dict[str, float]]) -> list[dict[str, float]]:
-    keys = sorted(points[0]) if points else []
-    return [point if list(point) == keys else dict(sorted(point.items())) for point in points]
-
-
-def _small(found: re.Match[bytes]) -> bytes:
-    inside = found.string[found.start() - 1 : found.start()] not in b" -"  # of 10.00001
-    return found[0] if inside else repr(float(found[0])).encode()
-
-
-def _fields(part: Any) -> dict[str, Any]:
+def _fields(part: Strict) -> dict[str, Any]:
     """By name; what came after the first records and says nothing new is left out, as in `Grown`."""
     values = vars(part)
-    names, later = _names(part.__class__)
+    names, later = _names(type(part))
     data = {name: values[name] for name in names}
     for name, default in later:
         if data[name] == default:
@@ -365,16 +335,20 @@ def _fields(part: Any) -> dict[str, Any]:
 
 
 @cache
-def _names(kind: Any) -> tuple[list[str], list[tuple[str, Any]]]:
-    """Of the fields of a kind in order, and the later ones with their defaults."""
-    if not issubclass(kind, BaseModel):
-        return sorted(field.name for field in fields(kind)), []
-    later = kind.LATER if issubclass(kind, Grown) else ()
-    return sorted(kind.model_fields), [(name, kind.model_fields[name].get_default(call_default_factory=True)) for name in later]
+def _names(kind: type[Strict]) -> tuple[list[str], list[tuple[str, Any]]]:
+    return sorted(kind.model_fields), _later(kind) if issubclass(kind, Grown) else []
 
 
-def _by_key(data: dict[str, Any]) -> dict[str, Any]:
-    return {key: _by_key(data[key]) if isinstance(data[key], dict) else data[key] for key in sorted(data)}
+def _curve(points: Sequence[dict[str, float]]) -> list[dict[str, float]]:
+    keys = sorted(points[0]) if points else []
+    return [point if list(point) == keys else dict(sorted(point.items())) for point in points]
+
+
+def _by_key(data: Any) -> Any:
+    """With keys sorted, all the way down."""
+    if isinstance(data, dict):
+        return {key: _by_key(data[key]) for key in sorted(data)}
+    return [_by_key(part) for part in data] if isinstance(data, list) else data
 
 
 @final
@@ -440,7 +414,7 @@ def pool_hash(members: Sequence[str], records: Sequence[Record]) -> str:
 
 def digest(data: Any) -> str:
     """SHA-256 of JSON with sorted keys."""
-    return hashlib.sha256(json.dumps(data, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    return sha256(json.dumps(data, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 def write_atomically(path: Path, data: bytes, *, lasting: bool = True) -> None:

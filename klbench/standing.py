@@ -81,27 +81,24 @@ def _over_seeds(figures: Sequence[dict[str, Estimate]]) -> dict[str, Estimate]:
 def over_seeds(columns: Sequence[Sequence[Estimate]]) -> list[Estimate]:
     """Of each column one figure of a method from those of its seeds [C][S], with the least trusted status among them; no value where one
     has none."""
-    given = np.array([[[f.value, f.low, f.high] for f in figures] for figures in columns], dtype=np.float64).reshape(len(columns), -1, 3)
+    given = np.array([[(f.value, f.low, f.high) for f in figures] for figures in columns], dtype=np.float64).reshape(len(columns), -1, 3)
     seeds = given.shape[1]
     given = np.ascontiguousarray(given.transpose(2, 0, 1))  # [3, C, S], None as NaN
-    there = np.asarray(~np.isnan(given).any(axis=2))
+    known = ~np.isnan(given[0]).any(axis=1)
     finite = np.isfinite(given[0]).all(axis=1)
     values = np.where(finite[:, None], given[0], 0.0)
     means, stderr = values.mean(axis=1), values.std(axis=1, ddof=1) / math.sqrt(seeds)
     with np.errstate(invalid="ignore"):
-        lows, highs = given[1].mean(axis=1), given[2].mean(axis=1)
-    t = t_quantile(seeds - 1)
+        below, above = np.hypot(t_quantile(seeds - 1) * stderr, given[1:].mean(axis=2) - means)  # NaN where a seed has no interval
+    lows, highs = ([None if x != x else x for x in ends.tolist()] for ends in (means - below, means + above))
     found = []
-    for c, figures in enumerate(columns):
+    for c, (figures, value, error) in enumerate(zip(columns, means.tolist(), stderr.tolist(), strict=True)):
         worst = max({f.status for f in figures}, key=TRUST.index)
         n, reason = sum([f.n for f in figures]), next(f.reason for f in figures if f.status == worst)
         if finite[c]:
-            value, error = float(means[c]), float(stderr[c])
-            low = value - math.hypot(t * error, value - float(lows[c])) if there[1, c] else None
-            high = value + math.hypot(t * error, float(highs[c]) - value) if there[2, c] else None
-            found.append(Estimate(value, low, high, error, n, None, worst, reason))
+            found.append(Estimate(value, lows[c], highs[c], error, n, None, worst, reason))
         else:
-            x = math.inf if there[0, c] else None
+            x = math.inf if known[c] else None
             found.append(Estimate(x, x, x, n=n, status=worst, reason=reason))
     return found
 

@@ -25,9 +25,10 @@ from klbench.board import Board
 from klbench.errors import UserError, unknown
 from klbench.estimate import Estimate
 from klbench.measure import COLUMNS
+from klbench.page import site
 from klbench.policies import causal_lm
 from klbench.recompute import NotHereError, Recomputer, Verdict, moved, same
-from klbench.record import CHECKED, Pooled, Record, checked_in, write_atomically
+from klbench.record import CHECKED, Filed, Record, checked_in, write_atomically
 from klbench.score import score_run
 
 LARGEST: Final = 16 << 20  # bytes of a record
@@ -178,7 +179,7 @@ def add(directory: Path, given: Sequence[Path], include: tuple[Path, ...] = ()) 
     if accepted:
         Board.of(there.values())  # raises
         named = [*manifest.get("runs", []), *accepted] if "runs" in manifest else None
-        marks = checked_in(directory) | {name: one.verdict.digest for name, one in accepted.items() if one.verdict.recomputed}
+        marks = checked_in(directory) | {name: Filed.of(one.record).sha256 for name, one in accepted.items() if one.verdict.recomputed}
         for one in accepted.values():
             for place, source in one.files.items():
                 write_atomically(directory / place, source.read_bytes())
@@ -229,4 +230,4 @@ def _finish(directory: Path, manifest: dict[str, Any], marks: dict[str, str]) ->
         write_atomically(directory / "manifest.json", text.encode())
     if marks:
         write_atomically(directory / CHECKED, (json.dumps(marks, indent=1, sort_keys=True) + "\n").encode())
-    grid.publish(directory, grid.records_in(directory), grid.manifest_in(directory), None, Pooled.all_in(directory), checked_in(directory))
+    site.build(directory)

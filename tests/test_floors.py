@@ -52,6 +52,7 @@ FLOORS: dict[str, float] = {
     "klbench.estimators.control": 2.85,  # the regression that several of them are
     "klbench.estimators.named": 2.95,  # all of them by name
     "klbench.policies": 2.8,  # below bank, which draws from them
+    "klbench.policies.attention": 2.6,  # one query a row
     "klbench.policies.prefixes": 2.6,  # what continuations have in common
     "klbench.policies.vocabulary": 2.6,  # sums over a vocabulary, some rows at a time
     "klbench.policies.passes": 2.7,  # rows of ids to logits; causal_lm makes a law of them

@@ -153,20 +153,21 @@ def told(change: dict[str, Any]) -> Record:
         {"run": Run(**ASKED, train=Train(search=(0.5,)), hashes={"b": "1", "a": "2"})}, {"cost": {}}, {"columns": {}},
     ],
 )  # fmt: skip
-def test_what_is_hashed_of_a_file_is_what_is_hashed_of_its_record(change: dict[str, Any], tmp_path: Path) -> None:
+def test_a_file_is_hashed_as_its_record_is(change: dict[str, Any], tmp_path: Path) -> None:
     there, path = told(change), tmp_path / "a.json"
     path.write_text(there.to_json(), encoding="utf-8")
     filed = Filed.read(path)
-    assert filed.record == there and filed == Filed.of(filed.record)
-    assert filed.sha256 == digest(there.comparable()) and filed.id == there.run.id
-    assert filed.columns == json.dumps(there.comparable()["columns"], sort_keys=True, ensure_ascii=False)
+    assert filed.record == there and filed == Filed.of(filed.record) and filed.id == there.run.id
+    assert json.loads(filed.columns) == json.loads(there.to_json())["columns"] and list(json.loads(filed.columns)) == sorted(there.columns)
 
 
-def test_most_files_need_not_be_written_again_to_be_hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "a.json"
-    path.write_text(told({"prompts": {"free": [x for x in SMALL if x < 1e16][:2]}}).to_json(), encoding="utf-8")
-    monkeypatch.setattr(Filed, "of", None)
-    assert Filed.read(path).sha256
+def test_the_hash_of_a_record_stays(tmp_path: Path) -> None:
+    """That of small and large numbers, of texts in need of escapes: another version of pydantic must not move it."""
+    found = Filed.of(told({"truths": {"tv": 0.1, "reverse_kl": math.inf}}))
+    assert found.sha256 == "60666264d4b4889c6ae57de03b62950a07b0c4c4027998d8a9e3993499a7aeef"
+    data = found.record.comparable()
+    for part in data["columns"]["reverse_kl"], data["run"]["score"]:
+        assert json.dumps(part, sort_keys=True, separators=(",", ":")) == record.one_line(dict(sorted(part.items())))
 
 
 @pytest.mark.parametrize(
@@ -188,8 +189,7 @@ def test_a_file_laid_out_in_another_way_says_the_same(edit: Any, tmp_path: Path)
     path, text = tmp_path / "a.json", told({}).to_json()
     path.write_text(edit(text), encoding="utf-8")
     assert path.read_text(encoding="utf-8") != text
-    assert Filed.read(path) == Filed.of(Record.read(path))
-    assert Filed.read(path).sha256 == digest(told({}).comparable())
+    assert Filed.read(path) == Filed.of(told({}))
 
 
 def test_a_digit_moves_the_hash_and_the_machine_does_not(tmp_path: Path) -> None:

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import Any, Final, TypeVar
 
 import jinja2
 from markupsafe import Markup
+from threadpoolctl import threadpool_limits
 
 from klbench import shares
 from klbench.board import Board, Row, Table, alike, manifest_in, plain, records_of, span
@@ -40,6 +42,7 @@ VENDOR: Final = {"d3.min.js": "LICENSE.d3", "plot.umd.min.js": "LICENSE.plot", "
 WORTH: Final = 100  # policies for which a process is started
 CHUNK: Final = 40  # policies in one piece of shared work, at least: what comes back of them is half a megabyte
 CHUNKS: Final = 500  # pieces, at most
+REMOVED: Final = 200  # files in one piece of removing
 STATIC_FIGURES: Final = 6  # tables whose planes are also drawn into the HTML; one costs a third of a second
 STATIC_PLACES: Final = 32  # policies on such a plane, the nearest to the posterior
 
@@ -52,9 +55,10 @@ def build(directory: Path, out: Path | None = None) -> Path:
     """
     manifest = manifest_in(directory)
     paths, where = records_of(directory, manifest), out or directory
-    with _uncollected():
-        read = [each for chunk in shares.done([partial(_read, c) for c in _chunks(paths, CHUNK)], _processes(paths)) for each in chunk]
-        board = Board.joined((filed for filed, _ in read), manifest, Pooled.all_in(directory), checked_in(directory))
+    with _uncollected(), threadpool_limits(1):  # a product of small matrices is slower shared out than alone
+        work = partial(shares.done, processes=_processes(paths))
+        read = [each for chunk in work([partial(_read, c) for c in _chunks(paths, CHUNK)]) for each in chunk]
+        board = Board.joined((filed for filed, _ in read), manifest, Pooled.all_in(directory), checked_in(directory), work)
         besides = [partial(_file, where / name, text) for name, text in board.files().items()]
         try:
             where.mkdir(parents=True, exist_ok=True)
@@ -74,19 +78,33 @@ def _write(board: Board, folder: Path, said: Mapping[str, Said], besides: Sequen
     pages, fresh, old = (folder / name for name in ("pages", ".pages.new", ".pages.old"))
     if pages.exists() and not (pages / "compare.html").is_file():
         raise UserError(f"{pages} is not klbench's: it has no compare.html; move it away to have the pages written")
+    work = partial(shares.done, processes=_processes(board.rows))
     for left in (fresh, old):
-        shutil.rmtree(left, ignore_errors=True)
+        _removed(left, work)
     fresh.mkdir(parents=True)
     told = _told(said)
     numbered = list(enumerate(views.shards(board)))
-    work: list[Callable[[], Any]] = [partial(_front, board), *besides, partial(_put, fresh, partial(_shared, board, told))]
-    work += [partial(_put, fresh, partial(_policies, board, c, told)) for c in _chunks(numbered, CHUNK // views.SHARD)]
-    front, *_ = shares.done(work, _processes(board.rows))  # what takes longest is begun first
+    pieces: list[Callable[[], Any]] = [partial(_front, board), *besides, partial(_put, fresh, partial(_shared, board, told))]
+    pieces += [partial(_put, fresh, partial(_policies, board, c, told)) for c in _chunks(numbered, CHUNK // views.SHARD)]
+    front, *_ = work(pieces)  # what takes longest is begun first
     if pages.exists():
         pages.rename(old)
     fresh.rename(pages)
     _file(folder / "index.html", lambda: front)
-    shutil.rmtree(old, ignore_errors=True)
+    _removed(old, work)
+
+
+def _removed(folder: Path, work: Callable[[list[Callable[[], Any]]], Any]) -> None:
+    """Thousands of files take a system a second to give up."""
+    if folder.is_dir():
+        work([partial(_unlink, chunk) for chunk in _chunks(sorted(folder.iterdir()), REMOVED)])
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _unlink(paths: Sequence[Path]) -> None:
+    for path in paths:
+        with suppress(OSError):
+            os.unlink(path)
 
 
 def _chunks(items: Sequence[T], least: int) -> list[Sequence[T]]:

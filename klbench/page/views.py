@@ -328,8 +328,8 @@ def curve(record: Record) -> dict[str, list[float | None]]:
     kept = points[len(points) - 1 :: -stride][::-1] if points else []
     unit = "samples" if all("samples" in p for p in kept) else "step"
     keys = [k for k in keys_of(points) if k not in ("samples", "step", "tokens")]
-    axis = {unit: [short(p.get(unit, float(i))) for i, p in enumerate(kept)]}
-    return axis | {k: [short(x) if (x := p.get(k)) is not None and math.isfinite(x) else None for p in kept] for k in keys}
+    axis: dict[str, list[float | None]] = {unit: [p.get(unit, float(i)) for i, p in enumerate(kept)]}
+    return axis | {k: [x if (x := p.get(k)) is not None and math.isfinite(x) else None for p in kept] for k in keys}
 
 
 # --- the page of a policy ---
@@ -357,29 +357,35 @@ class Said:
         steps = curve(record)
         cells = [[f'<td class="figure">{figure_text(x)}</td>' for x in column] for column in steps.values()]
         rows = [f"<tr>{''.join(row)}</tr>\n" for row in zip(*cells, strict=True)]
-        texts = [(cut(s.prompt), cut(s.completion), s) for s in record.samples]
-        draws = _draws(record, [[prompt, said, short(s.reward), short(s.log_p0), short(s.log_q)] for prompt, said, s in texts])
-        samples = "".join(_sample(*each) for each in texts)
-        return cls(_safe(steps) if rows else "", _safe(draws), tuple(steps), "".join(rows), len(rows), samples, len(texts))
+        texts = [(cut(s.prompt), cut(s.completion)) for s in record.samples]
+        shown = _escaped([part for said in texts for head, rest, _ in said for part in (head, rest)])
+        samples = "".join(_sample(texts[k], shown[4 * k : 4 * k + 4], draw) for k, draw in enumerate(record.samples))
+        drawn = _object({k: _digits(steps[k]) for k in sorted(steps)}) if rows else ""
+        return cls(drawn, _draws(record, texts), tuple(steps), "".join(rows), len(rows), samples, len(texts))
 
 
-def _sample(prompt: Cut, completion: Cut, draw: Sample) -> str:
+def _sample(said: tuple[Cut, Cut], shown: Sequence[str], draw: Sample) -> str:
+    """shown: of prompt and completion what is in sight and what is behind a click, as HTML."""
     return (
-        f'<div class="sample">\n<div class="said" dir="auto"><span class="prompt" dir="auto">{_text(prompt)}</span>'
-        f'<span class="completion" dir="auto">{_text(completion)}</span></div>\n'
+        f'<div class="sample">\n<div class="said" dir="auto"><span class="prompt" dir="auto">{shown[0]}{_more(said[0], shown[1])}</span>'
+        f'<span class="completion" dir="auto">{shown[2]}{_more(said[1], shown[3])}</span></div>\n'
         f'<p class="numbers">reward {figure_text(draw.reward)} · log <i>p</i><sub>0</sub> {figure_text(draw.log_p0)}'
         f" · log <i>q</i> {figure_text(draw.log_q)}</p>\n</div>\n"
     )
 
 
-def _text(given: Cut) -> str:
-    """HTML."""
-    head, rest, left = given
+def _more(given: Cut, rest: str) -> str:
+    """HTML of what is not in sight, "" where all of it is."""
+    left = given[2]
     if not rest and not left:
-        return str(escape(head))
+        return ""
     more = f" … and {left:,} in the record" if left else ""
-    summary = f"{len(rest) + left:,} characters more"
-    return f'{escape(head)}<details class="rest"><summary>{summary}</summary>{escape(rest)}{more}</details>'
+    return f'<details class="rest"><summary>{len(given[1]) + left:,} characters more</summary>{rest}{more}</details>'
+
+
+def _escaped(texts: Sequence[str]) -> list[str]:
+    """HTML of texts from `cut`, in one go: none holds a NUL."""
+    return str(escape("\0".join(texts))).split("\0") if texts else []
 
 
 @final
@@ -439,12 +445,17 @@ def _column(name: str, figure: Estimate) -> str:
     """A row of the table of all columns."""
     before, unit, formula, guarded = _about(name)
     interval = ends_text(figure) if figure.value is not None else ""
-    reason = plain(figure.reason) if figure.reason else ""
-    title = f' title="{escape(reason)}"' if reason else ""
     return (
         f'{before}<td class="figure">{figure_text(figure.value)}{unit}</td><td class="left">{interval or "–"}</td>'
-        f"<td{title}>{figure.status if guarded else '–'}</td>{formula}</tr>\n"
+        f"<td{_title(figure.reason)}>{figure.status if guarded else '–'}</td>{formula}</tr>\n"
     )
+
+
+@lru_cache(4096)  # many policies share a bank, and with it the reasons
+def _title(reason: str) -> str:
+    """An attribute."""
+    shown = plain(reason)
+    return f' title="{escape(shown)}"' if shown else ""
 
 
 @cache
@@ -489,20 +500,18 @@ def shards(board: Board) -> list[tuple[Table, Sequence[Row]]]:
     return [(table, table.rows[k : k + SHARD]) for table in board.tables for k in range(0, len(table.rows), SHARD)]
 
 
-def _draws(record: Record, samples: list[list[Any]]) -> dict[str, Any]:
-    """The figures of each prompt and the draws: what a draws-N.js holds of a policy."""
-    found = {name: record.prompts.get(name, []) for name in ("free", "reverse_kl", "reward", "kl_prior")}
-    return {
-        "prompts": [cut(p)[0] for p in record.prompt_ids],
-        "figures": {name: [short(x) for x in values] for name, values in found.items() if len(values) == len(record.prompt_ids)},
-        "samples": samples,
-    }
+def _draws(record: Record, texts: Sequence[tuple[Cut, Cut]]) -> str:
+    """The figures of each prompt and the draws, each [prompt, completion, reward, log p0, log q]: what a draws-N.js holds of a policy."""
+    found = {name: record.prompts.get(name, []) for name in ("free", "kl_prior", "reverse_kl", "reward")}
+    figures = {name: _digits(values) for name, values in found.items() if len(values) == len(record.prompt_ids)}
+    samples = [f"{_safe(said)[:-1]},{_digits((s.reward, s.log_p0, s.log_q))[1:]}" for said, s in zip(texts, record.samples, strict=True)]
+    prompts = _safe([cut(p)[0] for p in record.prompt_ids])
+    return _object({"figures": _object(figures), "prompts": prompts, "samples": f"[{','.join(samples)}]"})
 
 
 def draws(said: Mapping[str, Said]) -> str:
     """A draws-N.js: policies by id."""
-    inside = ",".join(f"{_safe(own)}:{said[own].draws}" for own in sorted(said))
-    return f'klbench.take("draws",{{{inside}}});\n'
+    return f'klbench.take("draws",{_object({own: said[own].draws for own in sorted(said)})});\n'
 
 
 def again(row: Row, origin: Origin) -> str:
@@ -525,6 +534,8 @@ def cut(text: str) -> Cut:
 
     Line ends and tabs stay, other control and direction characters become �.
     """
+    if len(text) <= HEAD and text.isprintable():
+        return text, "", 0
     safe = text[: HEAD + REST]
     if not safe.isprintable():
         safe = "".join(c if c in "\n\t\u200d" or unicodedata.category(c) not in ("Cc", "Cf", "Cs") else "\ufffd" for c in safe)
@@ -562,6 +573,18 @@ def short(x: float | None) -> float | None:
     return None if x is None or x != x else float(f"{x:.6g}")
 
 
+def _digits(numbers: Sequence[float | None]) -> str:
+    """JSON of `short` numbers."""
+    if None in numbers or not all(map(math.isfinite, numbers)):  # type: ignore[arg-type]
+        return _safe([short(x) for x in numbers])
+    return f"[{','.join([f'{x:.6g}' for x in numbers])}]"
+
+
+def _object(parts: Mapping[str, str]) -> str:
+    """JSON from that of its parts."""
+    return f"{{{','.join([f'{_word(key)}:{part}' for key, part in parts.items()])}}}"
+
+
 def script(name: str, value: Any) -> str:
     """A script that hands `value` to the page as `name`. Nothing in it can end a script element: ASCII alone, and no `<`."""
     return f"klbench.take({_safe([name, value])[1:-1]});\n"
@@ -570,6 +593,9 @@ def script(name: str, value: Any) -> str:
 def _safe(value: Any) -> str:
     """JSON that may stand in a script element."""
     return JSON.encode(value).replace("<", "\\u003c")
+
+
+_word = lru_cache(_safe)  # of keys, which all policies share
 
 
 JSON: Final = json.JSONEncoder(separators=(",", ":"), sort_keys=True)

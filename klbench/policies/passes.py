@@ -26,8 +26,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from klbench.errors import UserError
+from klbench.policies.attention import decoding
 from klbench.policies.prefixes import Piece, Prefixes
-from klbench.policies.vocabulary import Head, draw
+from klbench.policies.vocabulary import Head, draw, product
 
 LOGITS = 6_000_000  # floats of logits held at once by a pass without a linear head
 POSITIONS = 2048  # read at once by a pass without gradient
@@ -160,8 +161,11 @@ class Passes:
         """[R, W] logits from states [R, D]."""
         if not self.split:
             return states
-        found: Tensor = self.model.get_output_embeddings()(states)
-        return found
+        linear = self.linear(None)
+        if linear is None or torch.is_grad_enabled():
+            found: Tensor = self.model.get_output_embeddings()(states)
+            return found
+        return product(states, *linear)
 
     def sample(self, rows: Rows, uniform: Tensor, law: Law, stops: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
         """[P, K, T] tokens, mask and log-probabilities by inverse CDF at `uniform` [P, K, T].
@@ -201,11 +205,9 @@ class Passes:
         order = torch.arange(length, device=device)
         real = order >= pad[:, None]
         position = (order - pad[:, None]).clamp(min=0)
-        out = self.model(
-            ids, attention_mask=real.long() if ragged else None, position_ids=position, use_cache=True, logits_to_keep=1
-        )  # fmt: skip
+        out, logits = self._last(ids, attention_mask=real.long() if ragged else None, position_ids=position)
         cache: Cache | None = None
-        logits, prompt = out.logits[:, -1], torch.arange(len(rows), device=device)
+        prompt = torch.arange(len(rows), device=device)
         for t in range(T):
             falling.hear(logits, witness)
             falling.take(t, logits)
@@ -222,14 +224,18 @@ class Passes:
             seen = None
             if ragged:
                 seen = torch.cat([real[prompt], real.new_ones(n, t + 1)], 1).long()
-            step = self.model(
-                token[:, None],
-                attention_mask=seen,
-                position_ids=(length - pad)[prompt][:, None] + t,
-                past_key_values=cache,
-                use_cache=True,
-            )
-            logits = step.logits[:, -1]
+            with decoding(self._config, device):
+                _, logits = self._last(
+                    token[:, None], attention_mask=seen, position_ids=(length - pad)[prompt][:, None] + t, past_key_values=cache
+                )
+
+    def _last(self, ids: Tensor, **given: Any) -> tuple[Any, Tensor]:
+        """What the model returns when it keeps a cache, and the logits [B, W] behind the last id."""
+        if not self.split:
+            out = self.model(ids, use_cache=True, logits_to_keep=1, **given)
+            return out, out.logits[:, -1]
+        out = self.model.base_model(ids, use_cache=True, **given)
+        return out, self.head(out[0][:, -1])
 
     def _uncached(self, rows: Rows, falling: _Falling) -> None:
         """Each distinct prefix is read anew at every token."""

@@ -19,6 +19,8 @@ ROWS: Final = 256  # of a block: fewer, and reading the head's weights is what a
 FLOATS: Final = 1 << 20  # of a block: the width is cut where there would be more
 TRAINED: Final = 1 << 24  # floats of logits of one chunk of rows in a backward pass, over the whole vocabulary
 
+ONEDNN: Final = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
 Head = tuple[Tensor, Tensor | None]  # weight [V, D], bias [V]
 
 
@@ -36,8 +38,21 @@ def _blocks(width: int) -> list[slice]:
     return [slice(width * k // many, width * (k + 1) // many) for k in range(many)]
 
 
+def product(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """[R, V] states times weight plus bias, without gradient.
+
+    In float32 on a CPU by oneDNN where PyTorch has it: for a head, which is far wider than its input, it needs two thirds of the time of
+    the BLAS that `linear` takes, and rounds no worse.
+    """
+    plain = states.device.type == "cpu" and states.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if plain and ONEDNN and weight.shape[0] > 4 * weight.shape[1]:
+        found: Tensor = torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
+        return found
+    return torch.nn.functional.linear(states, weight, bias)
+
+
 def _logits(states: Tensor, head: Head, block: slice) -> Tensor:
-    return torch.nn.functional.linear(states, head[0][block], None if head[1] is None else head[1][block]).float()
+    return product(states, head[0][block], None if head[1] is None else head[1][block]).float()
 
 
 def _told(logits: Tensor, block: slice, row: Tensor, token: Tensor, out: Tensor) -> None:
