@@ -282,6 +282,20 @@ def versions() -> dict[str, str]:
     return found
 
 
+def command(words: Sequence[str]) -> str:
+    """What to type for the same result: --out left out, directories of this machine as DIR."""
+    said, rest = ["python", f"benchmarks/{Path(words[0]).name}"], iter(words[1:])
+    for word in rest:
+        if word == "--out":
+            next(rest, "")
+        elif word in ("--model", "--disco"):
+            said += [word, "DIR"]
+            next(rest, "")
+        else:
+            said.append(word)
+    return shlex.join(said)
+
+
 def finish(args: argparse.Namespace, tables: Sequence[Table], goals: Sequence[Goal] = (), notes: Sequence[str] = ()) -> None:
     """Prints tables, goals and notes, and writes them with machine, versions, date and command."""
     from klbench import terminal
@@ -302,7 +316,7 @@ def finish(args: argparse.Namespace, tables: Sequence[Table], goals: Sequence[Go
         return
     data = {
         "name": Path(sys.argv[0]).stem,
-        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": command(sys.argv),
         "model": args.model.name if getattr(args, "model", None) else "",
         "date": datetime.now(UTC).date().isoformat(),
         "clock": "CPU time" if args.threads == 1 else "wall time",

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -82,8 +82,7 @@ def file_hash(path: Path) -> str:
 def cell(run: Run, out: Path, report: Report, include: tuple[Path, ...] = (), device: str = "cpu") -> None:
     """Trains (where there is something to train) and scores one run; its record is the last thing written."""
     task = tasks.load(run.task, include)
-    prior = models.open_prior(run.prior, device)
-    assert isinstance(prior, CausalLM)
+    prior = _prior(run.prior, device, _state_of(run.prior))
     target = task.target(prior, run.beta)
     bank = banks.open_bank(task, prior, target, out / "banks", run.score.prior_draws)
     started, policy = time.perf_counter(), None
@@ -106,6 +105,20 @@ def cell(run: Run, out: Path, report: Report, include: tuple[Path, ...] = (), de
     record = record.model_copy(update={"cost": {**record.cost, "machine": machine}})
     write_atomically(out / "records" / f"{run.id}.json", record.to_json().encode())
     report({"phase": "score", "step": 1, "of": 1})
+
+
+@lru_cache(maxsize=1)
+def _prior(spec: str, device: str, state: tuple[tuple[str, int, int], ...]) -> CausalLM:
+    """The prior of a worker's cells, opened once: it has said of the bank what the next policy needs."""
+    prior = models.open_prior(spec, device)
+    assert isinstance(prior, CausalLM)
+    return prior
+
+
+def _state_of(spec: str) -> tuple[tuple[str, int, int], ...]:
+    """Names, sizes and times of the weights in a directory: others under the same name are another prior."""
+    stats = [(path.name, path.stat()) for path in sorted(Path(spec).glob("*.safetensors"))]
+    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
 
 
 def trained_policy(

@@ -97,6 +97,11 @@ def test_a_goal_is_kept_or_not(sign: str, reached: float, kept: bool) -> None:
     assert pairs.Goal("speed", sign, 2.0, reached).kept is kept
 
 
+def test_a_command_names_no_directory_of_this_machine() -> None:
+    words = ["/here/training.py", "--out", "/tmp/x.json", "--disco", "/tmp/disco", "--rounds", "3", "--model", "/tmp/m"]
+    assert pairs.command(words) == "python benchmarks/training.py --disco DIR --rounds 3 --model DIR"
+
+
 def counted(upto: int, seen: list[int]) -> Callable[[Callable[[], None]], None]:
     def loop(pause: Callable[[], None]) -> None:
         for step in range(upto):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -359,3 +360,20 @@ def test_half_precision_weights_are_scored_in_single(tmp_path: Path) -> None:
     coarse = half(torch.tensor([[2, 3, 1, 2]])).logits[0, -1].float().log_softmax(-1)
     fine = memory.model(torch.tensor([[2, 3, 1, 2]])).logits[0, -1].log_softmax(-1)
     assert (coarse - fine).abs().max() > 1e-3  # what it would have been off by
+
+
+def test_what_a_prior_said_of_a_bank_is_kept_until_its_weights_change(policy: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    prior = wrap("prior", model("llama", 9), policy.tokenizer)
+    draws = prior.sample(PROMPTS, 5, T, seed=1)
+    asked: list[Any] = []
+    states = Passes.states
+    monkeypatch.setattr(Passes, "states", lambda self, *given: asked.append(self.model) or states(self, *given))
+    ask = lambda: token_laws(policy, prior, PROMPTS, draws.tokens, draws.mask)  # noqa: E731
+    first, second = ask(), ask()
+    assert [m is prior.model for m in asked] == [False, True, False] and torch.equal(first.cross, second.cross)
+    with torch.no_grad():
+        prior.model.get_output_embeddings().weight.mul_(1.5)
+    assert not torch.allclose(ask().cross, first.cross) and len(asked) == 5
+    monkeypatch.setattr("klbench.policies.causal_lm.KEPT", 0)
+    ask()
+    assert not prior._kept

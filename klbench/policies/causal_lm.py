@@ -34,6 +34,7 @@ from klbench.target import Draws
 
 SYSTEM_FILE: Final = "system_prompt.txt"  # beside the weights of a policy that was trained under one
 ROWS = 1024  # sequences in flight while sampling
+KEPT: Final = 1 << 26  # bytes of a prior's states that are held for the next policy
 TOKENIZER_FILES: Final = ("tokenizer*", "vocab*", "merges.txt", "spiece.model", "sentencepiece*", "tokenization_*.py", "tekken.json")
 
 
@@ -74,6 +75,7 @@ class CausalLM:
     notes: tuple[str, ...] = ()
     _ids: dict[str, list[int]] = field(default_factory=dict, repr=False)
     _passes: Passes | None = field(default=None, repr=False)
+    _kept: dict[bytes, list[Tensor]] = field(default_factory=dict, repr=False)  # states that the next policy will ask a prior for again
     _agreed: list[Any] = field(default_factory=list, repr=False)  # tokenizers found to write the same ids: asked at every piece of work
 
     def __post_init__(self) -> None:
@@ -112,13 +114,13 @@ class CausalLM:
 
     def with_model(self, name: str, model: Any) -> CausalLM:
         """Another model of the same architecture and vocabulary, prompted, decoded and stopped as this one."""
-        return replace(self, name=name, model=model, _passes=replace(self.passes, model=model))
+        return replace(self, name=name, model=model, _passes=replace(self.passes, model=model), _kept={})
 
     def prompted(self, name: str, system: str | None, decodings: Sequence[AbstractDecoding]) -> CausalLM:
         """The same model under another system prompt (None: its own) and with further decodings."""
         system = self.system if system is None else system
         ids = self._ids if system == self.system else {}
-        return replace(self, name=name, system=system, decodings=(*self.decodings, *decodings), _ids=ids)
+        return replace(self, name=name, system=system, decodings=(*self.decodings, *decodings), _ids=ids, _kept={})
 
     def encode(self, prompt: str) -> list[int]:
         """Token ids of a prompt. Raises UserError when there are none, or when the chat template refuses it."""
@@ -210,14 +212,15 @@ class CausalLM:
         return logp
 
     @torch.no_grad()
-    def sample(self, prompts: Sequence[str], draws: int, max_new_tokens: int, seed: int) -> Draws:
+    def sample(self, prompts: Sequence[str], draws: int, max_new_tokens: int, seed: int, share: slice = slice(None)) -> Draws:
         """`draws` independent continuations of each prompt with their log-probabilities; [P, draws, max_new_tokens].
 
+        share: of these prompts alone, at least one, and the same draws as among all.
         Raises UserError for a prompt that leaves no room for them, and for a model whose probabilities are no numbers.
         """
         generator = torch.Generator().manual_seed(seed)
-        uniform = torch.rand(len(prompts), draws, max_new_tokens, generator=generator, dtype=torch.float64)
-        rows = self._encoded(prompts, max_new_tokens)
+        uniform = torch.rand(len(prompts), draws, max_new_tokens, generator=generator, dtype=torch.float64)[share]
+        rows = self._encoded(prompts[share], max_new_tokens)
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         if draws > ROWS:
             for p, row in enumerate(rows):
@@ -275,6 +278,14 @@ class CausalLM:
         rows = self._encoded(prompts, tokens.shape[2])
         for piece in Prefixes.of(tokens, mask).pieces([len(r) for r in rows], most or self.passes.positions):
             yield piece, self.passes.states(rows, piece)
+
+    def _keep(self, key: bytes, states: list[Tensor]) -> None:
+        """Holds states along sequences that several policies are asked about, as a bank's are; the latest asked for, up to KEPT bytes."""
+        self._kept.pop(key, None)
+        self._kept[key] = states
+        size = lambda part: sum(t.numel() * t.element_size() for t in part)  # noqa: E731
+        while self._kept and sum(map(size, self._kept.values())) > KEPT:
+            del self._kept[next(iter(self._kept))]
 
     def logits(self, prompts: Sequence[str], tokens: Tensor) -> Tensor:
         """[P, K, T, W] next-token logits along continuations [P, K, T], float32; differentiable.
@@ -412,10 +423,18 @@ def token_laws(q: CausalLM, p0: CausalLM, prompts: Sequence[str], tokens: Tensor
     """
     same_vocabulary(q, p0)
     out = torch.zeros(5, tokens.numel())
-    starts = p0._encoded(prompts, tokens.shape[2])
-    for piece, states in q._states(prompts, tokens, mask, min(q.passes.positions, p0.passes.positions)):
-        same = p0.model is q.model and p0.tokenizer is q.tokenizer and (p0.chat, p0.system) == (q.chat, q.system)
-        theirs = states if same else p0.passes.states(starts, piece).to(states.device)
+    same = p0.model is q.model and p0.tokenizer is q.tokenizer and (p0.chat, p0.system) == (q.chat, q.system)
+    most = min(q.passes.positions, p0.passes.positions)
+    rows, starts = q._encoded(prompts, tokens.shape[2]), p0._encoded(prompts, tokens.shape[2])
+    versions = [w._version for w in p0.model.parameters()]  # weights that are written to say other things
+    asked = repr((rows, starts, most, versions)).encode() + tokens.cpu().numpy().tobytes() + mask.cpu().numpy().tobytes()
+    key = hashlib.sha256(asked).digest()
+    known = p0._kept.get(key, [])
+    said: list[Tensor] = []
+    for number, (piece, states) in enumerate(q._states(prompts, tokens, mask, most)):
+        theirs = states if same else known[number] if known else p0.passes.states(starts, piece)
+        said.append(theirs)
+        theirs = theirs.to(states.device)
         node, token = piece.node.to(states.device), piece.next.to(states.device)
         heads = q.linear, p0.linear
         found: Iterable[Tensor] | None = None
@@ -425,6 +444,8 @@ def token_laws(q: CausalLM, p0: CausalLM, prompts: Sequence[str], tokens: Tensor
             found = _whole(q, states, p0, theirs, same, node, token)
         log_q, log_p0, *sums = found
         out[:, piece.place] = torch.stack([log_q, log_p0, *(x[node] for x in sums)]).cpu()
+    if not same:
+        p0._keep(key, said)
     log_q, log_p0, entropy, cross, lost = (x.view(tokens.shape) for x in out)
     if drawn is not None:
         part = log_q[:, : drawn.shape[1]]
