@@ -318,16 +318,15 @@ class CausalLM:
 
     def _picked(self, states: Tensor, piece: Piece, known: Tensor | None = None) -> Tensor:
         """[M] log-probabilities of a piece's tokens from the states at its nodes."""
-        node, token = piece.node.to(states.device), piece.next.to(states.device)
-        linear = self.linear
+        token, linear = piece.next.to(states.device), self.linear
         if linear is not None:
             kind = states.device.type
             half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
             values = None if known is None else known.to(states.device)
-            found: Tensor = LogProbs.apply(states, *linear, node, token, values, half)  # type: ignore[no-untyped-call]
+            found: Tensor = LogProbs.apply(states, *linear, piece.node, token, values, half)  # type: ignore[no-untyped-call]
             return found
         said = lambda s, n, t: _pick(self.law(self.passes.head(s))[n], t)  # noqa: E731
-        parts = spans(node, len(states), self._at_once)
+        node, parts = piece.node.to(states.device), spans(piece.node, len(states), self._at_once)
         return torch.cat([_again(said, states[rows], node[some] - rows.start, token[some]) for rows, some in parts])
 
     @property
@@ -439,9 +438,9 @@ def token_laws(q: CausalLM, p0: CausalLM, prompts: Sequence[str], tokens: Tensor
         heads = q.linear, p0.linear
         found: Iterable[Tensor] | None = None
         if heads[0] is not None and heads[1] is not None and q.columns == p0.columns:
-            found = between(states, heads[0], theirs, heads[1], node, token)
+            found = between(states, heads[0], theirs, heads[1], piece.node, token)
         if found is None:
-            found = _whole(q, states, p0, theirs, same, node, token)
+            found = _whole(q, states, p0, theirs, same, piece.node, token)
         log_q, log_p0, *sums = found
         out[:, piece.place] = torch.stack([log_q, log_p0, *(x[node] for x in sums)]).cpu()
     if not same:
@@ -457,12 +456,12 @@ def token_laws(q: CausalLM, p0: CausalLM, prompts: Sequence[str], tokens: Tensor
 
 def _whole(q: CausalLM, ours: Tensor, p0: CausalLM, theirs: Tensor, same: bool, node: Tensor, token: Tensor) -> Iterable[Tensor]:
     """What `between` returns, from whole laws: with decodings, and with tokens that have no mass. same: both have the same logits."""
-    parts = []
+    parts, place = [], node.to(ours.device)
     for rows, some in spans(node, len(ours), q._at_once):
         logits = q.passes.head(ours[rows])
         lq = q.law(logits)
         l0 = lq if p0 is q else p0.law(logits if same else p0.passes.head(theirs[rows]))
-        at, which = node[some] - rows.start, token[some]
+        at, which = place[some] - rows.start, token[some]
         picked = [_pick(law[at], which) for law in (lq, l0)]
         lq, l0 = _as_wide(lq, l0), _as_wide(l0, lq)
         q_low, p_low = lq.clamp(min=-1e30), l0.clamp(min=-1e30)  # 0 times -inf is 0 here: a token nobody draws
@@ -493,7 +492,7 @@ def log_probs_and_kl(q: CausalLM, p0: CausalLM, prompts: Sequence[str], tokens: 
         with torch.no_grad():
             theirs = p0.passes.states(starts, piece)
         node, token = piece.node.to(states.device), piece.next.to(states.device)
-        for rows, some in spans(node, len(states), q._at_once):
+        for rows, some in spans(piece.node, len(states), q._at_once):
             found = _again(made, states[rows], theirs[rows], node[some] - rows.start, token[some])
             places.append(piece.place[some])
             log_q.append(found[0])

@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from klbench.errors import UserError
-from klbench.policies.attention import decoding
+from klbench.policies import attention
 from klbench.policies.prefixes import Piece, Prefixes
 from klbench.policies.static import Step
 from klbench.policies.vocabulary import Head, draw, product
@@ -259,10 +259,8 @@ class Passes:
             seen = None
             if ragged:
                 seen = torch.cat([real[prompt], real.new_ones(n, t + 1)], 1).long()
-            with decoding(self._config, device):
-                _, logits = self._last(
-                    token[:, None], attention_mask=seen, position_ids=(length - pad)[prompt][:, None] + t, past_key_values=cache
-                )
+            at = (length - pad)[prompt][:, None] + t
+            _, logits = self._last(token[:, None], attention_mask=seen, position_ids=at, past_key_values=cache)
 
     def _last(self, ids: Tensor, **given: Any) -> tuple[Any, Tensor]:
         """What the model returns when it keeps a cache, and the logits [B, W] behind the last id."""
@@ -286,7 +284,7 @@ class Passes:
         """[R, D] states at the nodes of a piece, of which `head` makes logits; differentiable."""
         lengths = [len(rows[p]) for p in piece.prompt]
         n = piece.there.shape[1]
-        path, row = max(lengths) + 1 + int(piece.depth.max() if n else 0), max(lengths) + n
+        path, row = max(lengths) + 1 + piece.deepest, max(lengths) + n
         known = self._verdict("tree", path, row)
         if known is not False:
             try:
@@ -501,6 +499,7 @@ def checked(name: str, model: Any) -> Passes:
     Raises UserError that names the model when a padded batch does not say it either, when later tokens move earlier predictions, when its
     probabilities are not numbers, or when it cannot be run on token ids at all.
     """
+    attention.take(model)
     bare, kind = Passes(model), type(model).__name__
     T = min(3, (bare.context or 8) - 2)
     if T < 1:

@@ -54,11 +54,16 @@ class Piece:
         where = {int(place): i for i, place in enumerate(self.nodes.tolist())}
         return tokens[::-1], [where[row * width + column] for column in columns]
 
+    @property
+    def deepest(self) -> int:
+        """Length of the longest prefix."""
+        return int(self.depth.max()) if self.depth.shape[1] else 0
+
     def sees(self) -> Tensor:
         """[B, n, n] whether a node (first index) has another, or itself, on its path."""
         rows, n = self.there.shape
         out = torch.eye(n, dtype=torch.bool).repeat(rows, 1, 1)
-        for depth in range(2, int(self.depth.max()) + 1 if n else 0):
+        for depth in range(2, self.deepest + 1):
             row, column = ((self.depth == depth) & self.there).nonzero(as_tuple=True)
             out[row, column] |= out[row, self.parent[row, column]]
         return out

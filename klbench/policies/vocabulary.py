@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Final, final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,9 +26,9 @@ Head = tuple[Tensor, Tensor | None]  # weight [V, D], bias [V]
 
 
 def spans(node: Tensor, rows: int, step: int) -> Iterator[tuple[slice, slice]]:
-    """Chunks of `step` of the rows, and of the tokens [M] that hang on them (`node`: the row of each, ascending)."""
+    """Chunks of `step` of the rows, and of the tokens [M] that hang on them. node: the row of each, ascending, on the CPU."""
     starts = list(range(0, rows, step))
-    ends = torch.searchsorted(node, torch.tensor([*starts, rows], device=node.device)).tolist()
+    ends = np.searchsorted(node.numpy(), [*starts, rows]).tolist()
     for k, start in enumerate(starts):
         yield slice(start, min(start + step, rows)), slice(ends[k], ends[k + 1])
 
@@ -56,16 +57,17 @@ def _logits(states: Tensor, head: Head, block: slice) -> Tensor:
 
 
 def _told(logits: Tensor, block: slice, row: Tensor, token: Tensor, out: Tensor) -> None:
-    """Puts into `out` [M] the logits of those tokens that are in the block."""
-    here = ((token >= block.start) & (token < block.stop)).nonzero()[:, 0]
-    out[here] = logits[row[here], token[here] - block.start]
+    """Puts into `out` [M] the logits of those tokens that are in the block; the others stay. No shape depends on which they are."""
+    column = token - block.start
+    inside = (column >= 0) & (column < logits.shape[1])
+    out.copy_(torch.where(inside, logits[row, column.clamp(0, logits.shape[1] - 1)], out))
 
 
 def log_probs(states: Tensor, head: Head, node: Tensor, token: Tensor) -> Tensor:
-    """[M] log-probabilities of tokens, node [M] ascending: the state before each; -inf for a token beyond V. No gradient."""
-    width, out = head[0].shape[0], torch.full((len(node),), -torch.inf, device=states.device)
+    """[M] log-probabilities of tokens; -inf for one beyond V. node [M], ascending and on the CPU: the state before each. No gradient."""
+    width, out, place = head[0].shape[0], torch.full((len(node),), -torch.inf, device=states.device), node.to(states.device)
     for rows, some in spans(node, len(states), ROWS):
-        at, which, parts = node[some] - rows.start, token[some], []
+        at, which, parts = place[some] - rows.start, token[some], []
         for block in _blocks(width):
             logits = _logits(states[rows], head, block)
             parts.append(_norm(logits, logits.softmax(1)))
@@ -86,13 +88,14 @@ def between(
     H(q), H(q, p0) and KL(p0 || q) [R], in nats.
 
     With a block's own laws q_b and its share w_b of the mass, sum_v q z = sum_b w_b sum_v q_b z. None where some sum is not finite: a token
-    has no mass, or the weights are not numbers. Both heads have the same V.
+    has no mass, or the weights are not numbers. Both heads have the same V. node [M] as in `log_probs`.
     """
     blocks, device = _blocks(head[0].shape[0]), ours.device
+    place = node.to(device)
     picked = torch.full((2, len(node)), -torch.inf, device=device)
     sums = torch.empty(3, len(ours), device=device)
     for rows, some in spans(node, len(ours), ROWS):
-        at, which = node[some] - rows.start, token[some]
+        at, which = place[some] - rows.start, token[some]
         norm: list[Tensor] = []  # of both, a block
         mean: list[Tensor] = []  # q_b z, q_b y, p_b z, p_b y
         for block in blocks:
@@ -118,7 +121,7 @@ def between(
 class LogProbs(torch.autograd.Function):
     """[M] log-probabilities of tokens from states [R, D] and a linear head, differentiable in states, weight [V, D] and bias [V].
 
-    node [M] ascending: the state before each token.  token [M]: -inf for one beyond V.  known [M]: the values, where they are known
+    node [M] ascending, on the CPU: the state before each token.  token [M]: -inf for one beyond V.  known [M]: the values, where they are known
     already, as they are for draws that fell under these very weights; then only the gradient is worked out.  half: type of the
     products, None for that of the states; sums over the vocabulary are in float32 in any case.
     """
@@ -141,7 +144,8 @@ class LogProbs(torch.autograd.Function):
         states, weight, bias, node, token = ctx.saved_tensors
         width = weight.shape[0]
         grad = upstream[0].masked_fill(token >= width, 0.0).float()
-        total = torch.zeros(len(states), device=states.device).index_add_(0, node, grad)
+        place = node.to(states.device)
+        total = torch.zeros(len(states), device=states.device).index_add_(0, place, grad)
         of_states = torch.empty(states.shape, dtype=ctx.dtype, device=states.device)
         of_weight = torch.zeros(weight.shape, device=weight.device) if ctx.needs_input_grad[1] else None
         of_bias = torch.zeros(bias.shape, device=bias.device) if bias is not None and ctx.needs_input_grad[2] else None
@@ -150,7 +154,7 @@ class LogProbs(torch.autograd.Function):
         for rows, some in spans(node, len(states), max(ROWS, TRAINED // width)):
             law = _logits(s[rows], (w, b), slice(width)).softmax(1)
             back = law.mul_(-total[rows, None])
-            back.index_put_((node[some] - rows.start, token[some].clamp(max=width - 1)), grad[some], accumulate=True)
+            back.index_put_((place[some] - rows.start, token[some].clamp(max=width - 1)), grad[some], accumulate=True)
             if of_bias is not None:
                 of_bias += back.sum(0)
             back = back.to(ctx.dtype)
