@@ -234,9 +234,10 @@ def score(
     sampled = any(isinstance(policy, AbstractSampler) for policy in loaded.values())
     bank_draws = max(samples, LAW_DRAWS) if sampled else samples  # a sampler's density is a function of the reward's law in the bank
     sheet = Sheet(p0, target, texts, reservoir.upto(bank_draws), samples, length)
+    common = not pool and len(loaded) > 1  # the same uniforms for all: differences have less noise, but a pool needs draws of their own
     for name, policy in loaded.items():
         report(f"drawing from {name}")
-        sheet.add(name, policy, samples, streams.seed(seed, f"score/policy/{name}"))
+        sheet.add(name, policy, samples, streams.seed(seed, "score/policy" if common else f"score/policy/{name}"))
     members = sheet.members(list(loaded), 32, seed) if pool and len(loaded) > 1 else []
     stopped = "" if precision is None else _narrow(sheet, list(loaded), members, reservoir, precision, most, interval, report)
     found = {}

@@ -91,9 +91,11 @@ class Train(Grown):
     search: multiples of lr, each trained for the same steps; the policy nearest on the dev split is kept (klbench/probe.py).
     curve: how often reverse_kl and wasted_nats are measured on the way.  data: file of completions or pairs in place of prior draws
     (klbench/offline.py); "" for none.  lora_rank: each linear layer W learns W + B A of this rank and the rest stands still; 0 trains all.
+    micro: prompts whose gradient is worked out at once; 0 for as many as fit.  recompute: layers are run again for their gradient in place of
+    being kept.  shard: weights and Adam's state are spread over the processes. These three move figures by rounding alone.
     """
 
-    LATER: ClassVar[tuple[str, ...]] = ("search", "curve", "data", "lora_rank")
+    LATER: ClassVar[tuple[str, ...]] = ("search", "curve", "data", "lora_rank", "micro", "recompute", "shard")
 
     steps: int = Field(40, ge=0)
     prompts: int = Field(16, ge=1)
@@ -105,6 +107,9 @@ class Train(Grown):
     curve: int = Field(0, ge=0)
     data: str = ""
     lora_rank: int = Field(0, ge=0)
+    micro: int = Field(0, ge=0)
+    recompute: bool = False
+    shard: bool = False
 
 
 class Score(Grown):
@@ -112,9 +117,11 @@ class Score(Grown):
 
     prior_draws: length of the bank where none ships. truth: every figure is also summed over all outcomes, which must be few enough to list
     (klbench/exact.py). lm_eval: tasks of lm-eval that a policy is tried on, lm_eval_limit documents of each at most (klbench/harness).
+    common: policies of a task and seed fall from the same uniforms, so that their differences have less noise (half, docs/decisions.md);
+    not for policies that are pooled, whose draws have to be their own.
     """
 
-    LATER: ClassVar[tuple[str, ...]] = ("truth", "prior_draws", "lm_eval", "lm_eval_limit")
+    LATER: ClassVar[tuple[str, ...]] = ("truth", "prior_draws", "lm_eval", "lm_eval_limit", "common")
 
     draws: int = Field(128, ge=16)
     bank: int = Field(128, ge=16)
@@ -123,6 +130,7 @@ class Score(Grown):
     truth: bool = False
     lm_eval: tuple[str, ...] = ()
     lm_eval_limit: int | None = Field(None, ge=1)
+    common: bool = False
 
 
 class Run(Strict):

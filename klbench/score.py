@@ -180,7 +180,8 @@ def score_run(
     prompts = task.prompts("score")[: run.score.prompts or None]
     sheet = Sheet(prior, target, prompts, bank.first(len(prompts)), run.score.bank, run.max_new_tokens)
     drawer = policy or models.open_policy(run.method, run.method, prior, include=include)
-    sheet.add(OWN, drawer, run.score.draws, streams.seed(run.seed, f"score/{run.task}/{run.method}"))
+    stream = f"score/{run.task}" if run.score.common else f"score/{run.task}/{run.method}"
+    sheet.add(OWN, drawer, run.score.draws, streams.seed(run.seed, stream))
     record, data = told(run, task, sheet, include), samples_file(sheet)
     truths: dict[str, float] = {}
     if run.score.truth:

@@ -63,7 +63,10 @@ class Suite(Strict):
     def score_of(self, task: str) -> Score:
         """Scoring of one task: the suite's, then the task's."""
         kept = {"lm_eval": tuple(self.lm_eval), "lm_eval_limit": self.lm_eval_limit}
-        return merged(self.score, f"score settings of {task}", {k: v for k, v in kept.items() if v}, self.tasks[task].score)
+        found = merged(self.score, f"score settings of {task}", {k: v for k, v in kept.items() if v}, self.tasks[task].score)
+        if found.common and self.pool:
+            raise UserError(f"suite {self.name}: policies that are pooled need draws of their own: score.common is for pool: 0")
+        return found
 
 
 def merged(model: M, where: str, *changes: dict[str, Any]) -> M:

@@ -116,6 +116,14 @@ def test_a_pool_gives_other_figures_and_still_holds_the_truth() -> None:
         assert b.stderr < 3 * a.stderr
 
 
+def test_without_a_pool_policies_fall_from_the_same_uniforms_and_differ_with_less_noise() -> None:
+    """The same policy under two names: all of its draws are shared, and a difference of nothing has no noise. In a pool it has."""
+    both = {"q": model("gpt2", 2), "r": model("gpt2", 2)}
+    alone, joined = of(both, pool=False), of(both)
+    assert alone["q"].reward == alone["r"].reward and alone["q"].reverse_kl == alone["r"].reverse_kl
+    assert joined["q"].reward.value != joined["r"].reward.value  # the mutant: a pool of one set of draws twice
+
+
 def test_a_difference_needs_no_log_z() -> None:
     both = {"q": model("gpt2", 2), "r": model("llama", 3)}
     wanted = [truth(model(kind, seed), model("llama", 1))["reverse_kl"] for kind, seed in (("gpt2", 2), ("llama", 3))]

@@ -51,6 +51,12 @@ def test_settings_reach_their_key(load: Load) -> None:
     assert found.seeds == [1, 2] and found.score_of("toxicity").bank == 16
 
 
+def test_pooled_policies_have_draws_of_their_own(load: Load) -> None:
+    assert load(TEXT, "score.common=true", "pool=0").score_of("bias").common
+    with pytest.raises(UserError, match="pooled need draws of their own"):
+        load(TEXT, "score.common=true", "pool=2").score_of("bias")
+
+
 def test_beta_is_set_for_every_task_and_keeps_what_else_they_hold(load: Load) -> None:
     found = load(TEXT, "beta=0.1")
     assert {name: entry.beta for name, entry in found.tasks.items()} == {"bias": 0.1, "toxicity": 0.1}
