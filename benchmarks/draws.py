@@ -2,10 +2,13 @@
 
     python benchmarks/draws.py [--run runs/quick] [--repeats 24] [--draws 64]
 
-For the policies of a finished run. *Allocation*: the variance of the mean over prompts of KL(q||p0) - E_q r/beta with draws in proportion to each
-prompt's standard deviation (Neyman), over that with the same number each, (mean sd)^2 / mean sd^2, after the control variates; the best there can
-be, with the deviations known. *Common random numbers*: the variance of the difference between two policies of a task when both fall from the
-same uniforms, over that with uniforms of their own; by repeated draws, and before control variates.
+For the policies of a finished run.
+
+- Allocation: the variance of the mean over prompts of KL(q||p0) - E_q r/beta with draws in proportion to each prompt's standard deviation
+  (Neyman), over that with the same number each: (mean sd)^2 / mean sd^2, after the control variates; the best there can be, with the
+  deviations known.
+- Common random numbers: the variance of the difference between two policies of a task when both fall from the same uniforms, over that with
+  uniforms of their own; by repeated draws, and before control variates.
 """
 
 from __future__ import annotations

@@ -271,9 +271,12 @@ class CausalLM:
         return joined.gather(2, where[..., None].expand(-1, -1, -1, joined.shape[3]))
 
     def _drawn(self, rows: list[list[int]], uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.passes.sample(rows, uniform, self.law if self.decodings or self.words else _same, self.stops)
+        law = self.law if self.decodings or self.words else _same
+        return self.passes.sample(rows, uniform, law, self.stops)
 
-    def _states(self, prompts: Sequence[str], tokens: Tensor, mask: Tensor | None, most: int | None = None) -> Iterator[tuple[Piece, Tensor]]:
+    def _states(
+        self, prompts: Sequence[str], tokens: Tensor, mask: Tensor | None, most: int | None = None
+    ) -> Iterator[tuple[Piece, Tensor]]:
         """Distinct prefixes in pieces, and the states [R, D] at their nodes; differentiable."""
         rows = self._encoded(prompts, tokens.shape[2])
         for piece in Prefixes.of(tokens, mask).pieces([len(r) for r in rows], most or self.passes.positions):
@@ -293,7 +296,9 @@ class CausalLM:
         Before `words` and `decodings`: `law` makes log-probabilities of them. All of them at once: for small shapes.
         Raises UserError for a prompt that leaves no room.
         """
-        found = [(piece.place, self.passes.head(states)[piece.node.to(states.device)]) for piece, states in self._states(prompts, tokens, None)]
+        found = [
+            (piece.place, self.passes.head(states)[piece.node.to(states.device)]) for piece, states in self._states(prompts, tokens, None)
+        ]
         order = torch.cat([place for place, _ in found]).argsort().to(self.device)
         return torch.cat([logits for _, logits in found])[order].view(*tokens.shape, -1).float()
 
@@ -323,7 +328,7 @@ class CausalLM:
             kind = states.device.type
             half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
             values = None if known is None else known.to(states.device)
-            found: Tensor = LogProbs.apply(states, *linear, piece.node, token, values, half)  # type: ignore[no-untyped-call]
+            found: Tensor = LogProbs.apply(states, *linear, piece.node, token, values, half)
             return found
         said = lambda s, n, t: _pick(self.law(self.passes.head(s))[n], t)  # noqa: E731
         node, parts = piece.node.to(states.device), spans(piece.node, len(states), self._at_once)

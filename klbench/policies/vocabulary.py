@@ -106,7 +106,9 @@ def between(
             tops = [x.amax(1, keepdim=True) for x in (z, y)]
             norm.append(torch.stack([top[:, 0].double() - law.amax(1).double().log() for top, law in zip(tops, (q, p), strict=True)]))
             centred = [x.sub_(top) for x, top in zip((z, y), tops, strict=True)]  # what has mass is near 0 then, and keeps its digits
-            mean.append(torch.stack([torch.linalg.vecdot(law, x) + top[:, 0] for law in (q, p) for x, top in zip(centred, tops, strict=True)]))
+            mean.append(
+                torch.stack([torch.linalg.vecdot(law, x) + top[:, 0] for law in (q, p) for x, top in zip(centred, tops, strict=True)])
+            )
         norms = torch.stack(norm)
         whole = norms.logsumexp(0)
         share = (norms - whole).exp()
@@ -114,20 +116,20 @@ def between(
         (qz, qy), (pz, py) = (share[:, :, None] * moment).sum(0)
         picked[:, some] -= whole.float()[:, at]
         sums[:, rows] = torch.stack([whole[0] - qz, whole[1] - qy, (py - whole[1]) - (pz - whole[0])]).float()
-    return (picked[0], picked[1], *sums) if bool(torch.isfinite(sums).all()) else None  # type: ignore[return-value]
+    return (picked[0], picked[1], *sums) if bool(torch.isfinite(sums).all()) else None
 
 
 @final
 class LogProbs(torch.autograd.Function):
     """[M] log-probabilities of tokens from states [R, D] and a linear head, differentiable in states, weight [V, D] and bias [V].
 
-    node [M] ascending, on the CPU: the state before each token.  token [M]: -inf for one beyond V.  known [M]: the values, where they are known
-    already, as they are for draws that fell under these very weights; then only the gradient is worked out.  half: type of the
-    products, None for that of the states; sums over the vocabulary are in float32 in any case.
+    node [M] ascending, on the CPU: the state before each token.  token [M]: -inf for one beyond V.  known [M]: the values, where they
+    are known already, as they are for draws that fell under these very weights; then only the gradient is worked out.  half: type of
+    the products, None for that of the states; sums over the vocabulary are in float32 in any case.
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, node: Tensor, token: Tensor, known: Tensor | None, half: Any
     ) -> Tensor:
         ctx.dtype = states.dtype if half is None else half
