@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-WIDE: Final = 128  # nodes of a row: more make its attention, which is quadratic, the dearest part; fewer read the prompt too often
+WIDE: Final = 192  # nodes of a row: more make its attention, which is quadratic, the dearest part; fewer read the prompt too often
 
 Ints = NDArray[np.int64]
 
@@ -98,9 +98,11 @@ class Prefixes:
         read = np.where(order[: T - 1] < length[:, None] - 1, said[:, : max(T - 1, 0)], -1)
         paths, which = np.unique(np.column_stack([np.arange(P).repeat(K), read]), axis=0, return_inverse=True)
         prompt, path = paths[:, 0], paths[:, 1:]
-        first = np.searchsorted(prompt, np.arange(P))
-        many = max(1, int(wide / max(1.0, float((path >= 0).sum(1).mean())))) if len(path) else 1
-        group = np.column_stack([prompt, (np.arange(len(prompt)) - first[prompt]) // many])
+        first = np.searchsorted(prompt, np.arange(P + 1))
+        nodes = np.bincount(prompt, (path >= 0).sum(1), minlength=P)  # no fewer than there are: what is shared counts for each
+        rows = np.maximum(1, np.ceil(nodes / wide)).astype(np.int64)
+        many = -(-np.diff(first) // rows)  # paths of a row, as even as can be
+        group = np.column_stack([prompt, (np.arange(len(prompt)) - first[prompt]) // np.maximum(many, 1)[prompt]])
         opens = np.ones(len(path), bool)
         opens[1:] = (group[1:] != group[:-1]).any(1)
         alike = np.zeros((len(path), T), bool)  # begins as the path before it, up to a node of this depth
