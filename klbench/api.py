@@ -23,6 +23,7 @@ from klbench.measure import Measure
 from klbench.method import AbstractSampler
 from klbench.policies.causal_lm import CausalLM
 from klbench.pool import INTERVALS
+from klbench.processes import joined
 from klbench.ranks import certain_bracket, paired_difference, rank_ranges
 from klbench.record import Run, Score, Train, write_atomically
 from klbench.rewards.calling import Called
@@ -313,22 +314,25 @@ def train(
 ) -> CausalLM:  # fmt: skip
     """One policy, trained under an objective on a task's train split and saved in `out` (safetensors, tokenizer, curve.jsonl).
 
-    Run again it continues from its last checkpoint. Raises UserError for an unknown task or objective, or when `out` holds something else.
+    Run again it continues from its last checkpoint. Started by torchrun or accelerate, all processes work at it, with a GPU each where
+    `device` is "cuda". Raises UserError for an unknown task or objective, or when `out` holds something else.
     """
     loaded, folder = tasks.load(task, include), Path(out)
     method.objective(objective, include)
-    if folder.exists() and not (folder / "curve.jsonl").is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} exists and holds no trained policy; name another directory")
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
-    p0 = models.open_prior(prior, device or "cpu")
+    processes, place = joined(device or "cpu")
+    if processes.first:
+        if folder.exists() and not (folder / "curve.jsonl").is_file() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"{folder} exists and holds no trained policy; name another directory")
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+    p0 = models.open_prior(prior, "cpu" if train is not None and train.shard else place)  # no device holds the whole of what is sharded
     if not isinstance(p0, CausalLM):
         raise UserError("training needs a causal language model as prior")
     run = Run(
         task=loaded.name, task_version=loaded.version, method=objective, kind="objective", prior=str(prior), seed=seed,
         beta=loaded.beta if beta is None else beta, max_new_tokens=loaded.max_new_tokens, train=train or Train(), score=Score(),
     )  # fmt: skip
-    return train_run(run, loaded, p0, folder, include=include)[0]
+    return train_run(run, loaded, p0, folder, include=include, processes=processes, device=place)[0]
 
 
 def _task(

@@ -199,7 +199,8 @@ def train(
         "device": device, "include": tuple(include or ()),
     }  # fmt: skip
     api.train(**{name: value for name, value in asked.items() if value is not None})
-    print(out)
+    if os.environ.get("RANK", "0") == "0":  # of several processes one
+        print(out)
 
 
 @app.command()

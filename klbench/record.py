@@ -91,8 +91,8 @@ class Train(Grown):
     search: multiples of lr, each trained for the same steps; the policy nearest on the dev split is kept (klbench/probe.py).
     curve: how often reverse_kl and wasted_nats are measured on the way.  data: file of completions or pairs in place of prior draws
     (klbench/offline.py); "" for none.  lora_rank: each linear layer W learns W + B A of this rank and the rest stands still; 0 trains all.
-    micro: prompts whose gradient is worked out at once; 0 for as many as fit.  recompute: layers are run again for their gradient in place of
-    being kept.  shard: weights and Adam's state are spread over the processes. These three move figures by rounding alone.
+    micro: prompts whose gradient is worked out at once; 0 for as many as fit.  recompute: layers are run again for their gradient, and not
+    kept.  shard: weights and Adam's state are spread over the processes. These three move figures by rounding alone.
     """
 
     LATER: ClassVar[tuple[str, ...]] = ("search", "curve", "data", "lora_rank", "micro", "recompute", "shard")

@@ -54,6 +54,8 @@ FLOORS: dict[str, float] = {
     "klbench.policies": 2.8,  # below bank, which draws from them
     "klbench.policies.attention": 2.6,  # one query a row
     "klbench.policies.prefixes": 2.6,  # what continuations have in common
+    "klbench.policies.static": 2.6,  # one more token of each draw, as a GPU wants it
+    "klbench.policies.vllm": 2.85,  # draws of another engine, for training
     "klbench.policies.vocabulary": 2.6,  # sums over a vocabulary, some rows at a time
     "klbench.policies.passes": 2.7,  # rows of ids to logits; causal_lm makes a law of them
     "klbench.rewards": 3,
@@ -76,6 +78,9 @@ FLOORS: dict[str, float] = {
     "klbench.models": 3.5,  # priors and policies from what users write
     "klbench.exact": 3.2,  # sums over every outcome
     "klbench.offline": 3,  # training data from a file
+    "klbench.processes": 0,  # several that train one policy
+    "klbench.sharded": 3,  # weights spread over them
+    "klbench.gradient": 3.5,  # of a batch in parts
     "klbench.train": 4,
     "klbench.probe": 4.1,  # a few draws on the way
     "klbench.harness": 4,  # lm-eval's figures of a policy, below score

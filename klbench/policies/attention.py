@@ -34,7 +34,8 @@ def attend(
     scores = torch.bmm(asked, key.reshape(B * shared, length, width).transpose(1, 2))
     if attention_mask is not None:
         seen, scores = attention_mask[..., :length], scores.view(B, heads, queries, length)
-        scores = scores.masked_fill(~seen, -torch.inf) if seen.dtype == torch.bool else scores + seen
+        lost = torch.finfo(scores.dtype).min  # and not -inf: a pad sees nothing at all, and what is NaN there spreads
+        scores = scores.masked_fill(~seen, lost) if seen.dtype == torch.bool else scores + seen
     share = scores.softmax(-1).to(value.dtype).view(B * shared, -1, length)
     out = torch.bmm(share, value.reshape(B * shared, length, value.shape[3]))
     return out.view(B, heads, queries, value.shape[3]).transpose(1, 2).contiguous(), None

@@ -609,6 +609,8 @@ def device_of(device: str) -> torch.device:
         raise UserError(f"device {device!r}: cpu, cuda, cuda:N or mps expected") from None
     if found.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device {device!r} asked for, and this machine has no CUDA device")
+    if found.type == "cuda" and found.index is not None and found.index >= torch.cuda.device_count():
+        raise UserError(f"device {device!r} asked for, and this machine has {torch.cuda.device_count()} CUDA devices")
     return torch.device("cuda", torch.cuda.current_device()) if found.type == "cuda" and found.index is None else found
 
 

@@ -8,11 +8,11 @@ Four layouts say the same to rounding:
 - *plain*: a batch of whole sequences padded on the right, which no causal model can see. Slower, and right where the others are not:
   recurrent models, alibi, beyond a sliding window.
 
-The first three need a decoder that takes position ids and attention masks as given. Whether a model does is decided by comparison with single
-unpadded forwards, at loading and again at the first call of every larger shape; a model whose plain layout disagrees with them is refused.
+The first three need a decoder that takes position ids and attention masks as given. Whether a model does is decided by comparison with
+single unpadded forwards, at loading and again at the first call of every larger shape; a model whose plain layout disagrees is refused.
 
-What a pass over given continuations returns are *states*, of which `head` makes logits a few rows at a time. They are the last hidden states
-where the logits are a linear map of those, and the logits themselves for models that do more to them (a cap, a scale) or have no such states.
+What a pass over given continuations returns are *states*, of which `head` makes logits a few rows at a time. They are the last hidden
+states where the logits are a linear map of those, and the logits themselves for models that do more to them or have no such states.
 """
 
 from __future__ import annotations
@@ -58,8 +58,10 @@ class _Shared(DynamicLayer):
         self.rows, self.dtype, self.device, self.is_initialized = len(of), keys.dtype, keys.device, True
         self.show()
 
-    def show(self) -> None:
-        self.keys, self.values = (b[: self.rows, :, : self.length] for b in self.buffers)
+    def show(self) -> tuple[Tensor, Tensor]:
+        keys, values = (b[: self.rows, :, : self.length] for b in self.buffers)
+        self.keys, self.values = keys, values
+        return keys, values
 
     def move(self, source: Tensor, target: Tensor, rows: int) -> None:
         """Copies rows, none of which is both source and target; then the first `rows` are in use."""
@@ -73,8 +75,7 @@ class _Shared(DynamicLayer):
         start, self.length = self.length, self.length + key_states.shape[2]
         for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
             buffer[: self.rows, :, start : self.length] = new
-        self.show()
-        return self.keys, self.values
+        return self.show()
 
     def get_seq_length(self) -> int:
         return self.length
@@ -149,7 +150,7 @@ class Passes:
         return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
     def linear(self, words: int | None) -> Head | None:
-        """Weight and bias of the head, for the first `words` ids; None where it is no linear layer, or there is more to the logits than it."""
+        """Weight and bias of the head, for the first `words` ids; None where it is not linear, or there is more to the logits."""
         head = self.model.get_output_embeddings() if self.split else None
         if type(head) is not torch.nn.Linear:
             return None
@@ -212,15 +213,15 @@ class Passes:
 
     def _static(self, rows: Rows, falling: _Falling, witness: slice) -> None:
         """Draws of a prompt have a row each from their second token on, whether they have ended or not."""
-        (_, K, T), device = falling.shape, self.device
+        (_, K, T), device, dtype = falling.shape, self.device, self.model.dtype
         ids, pad = self._padded(rows)
         order = torch.arange(ids.shape[1], device=device)
         real, mask = order >= pad[:, None], None
         if any(len(row) < len(order) for row in rows):
             see = (real[:, None] & (order <= order[:, None])) | (order == order[:, None])
-            mask = torch.zeros(see.shape, dtype=self.model.dtype, device=device).masked_fill_(~see, torch.finfo(self.model.dtype).min)[:, None]
+            mask = torch.zeros(see.shape, dtype=dtype, device=device).masked_fill_(~see, torch.finfo(dtype).min)[:, None]
         out, logits = self._last(ids, attention_mask=mask, position_ids=(order - pad[:, None]).clamp(min=0))
-        step = Step(self._last, out.past_key_values.layers, real, K, T - 1, self.model.dtype)
+        step = Step(self._last, out.past_key_values.layers, real, K, T - 1, dtype)
         alive, row = torch.ones_like(falling.live, dtype=torch.bool), falling.node
         for t in range(T):
             if witness != slice(0) and bool(alive[witness].all()):
@@ -255,6 +256,7 @@ class Passes:
             else:
                 moved = (~stay).nonzero()[:, 0]
                 for layer in cache.layers:
+                    assert isinstance(layer, _Shared)
                     layer.move(source[moved], moved, n)
             seen = None
             if ragged:

@@ -30,14 +30,16 @@ class Fixed(DynamicLayer):
         made = []
         for part in (layer.keys, layer.values):
             shared = part.repeat_interleave(draws, 0)
-            made.append(torch.cat([shared, shared.new_zeros(*shared.shape[:2], room, shared.shape[3])], 2))  # masked, yet no NaN may lie there
+            made.append(
+                torch.cat([shared, shared.new_zeros(*shared.shape[:2], room, shared.shape[3])], 2)
+            )  # masked, yet no NaN may lie there
         self.keys, self.values = made
         self.dtype, self.device, self.is_initialized, self.size = self.keys.dtype, self.keys.device, True, length + room
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         assert self.keys is not None and self.values is not None
-        self.keys.index_copy_(2, self.at, key_states)
-        self.values.index_copy_(2, self.at, value_states)
+        self.keys.index_copy_(2, self.at, key_states.to(self.keys.dtype))  # under autocast a step's may be of another type than a prompt's
+        self.values.index_copy_(2, self.at, value_states.to(self.values.dtype))
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
