@@ -95,7 +95,7 @@ class Train(Grown):
     kept.  shard: weights and Adam's state are spread over the processes. These three move figures by rounding alone.
     """
 
-    LATER: ClassVar[tuple[str, ...]] = ("search", "curve", "data", "lora_rank", "micro", "recompute", "shard")
+    LATER: ClassVar[tuple[str, ...]] = ("search", "curve", "data", "lora_rank", "micro", "recompute", "shard", "sampler")
 
     steps: int = Field(40, ge=0)
     prompts: int = Field(16, ge=1)
@@ -110,6 +110,7 @@ class Train(Grown):
     micro: int = Field(0, ge=0)
     recompute: bool = False
     shard: bool = False
+    sampler: Literal["", "vllm"] = ""
 
 
 class Score(Grown):

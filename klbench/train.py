@@ -38,6 +38,8 @@ from klbench.offline import Offline
 from klbench.policies import adapters
 from klbench.policies.causal_lm import CausalLM, load
 from klbench.policies.passes import Passes
+from klbench.policies.vllm import CORRECTED, Engine, Told, log_weights, weighed, write
+from klbench.priors import SHIPPED, prior_path
 from klbench.processes import ALONE, Processes, watched
 from klbench.record import Run, Train
 from klbench.sharded import InStep, put, sharded, spread_as, whole
@@ -107,7 +109,8 @@ def _trained(
     start, curve, sizes = _restore(work, policy, adam, state)
     said = Said(objective, policy, held, torch.bfloat16 if settings.dtype == "bfloat16" else None, in_step)
     drawing, fitted = Fitted(0, sizes[0]), Fitted(settings.micro, 1 if settings.shard else sizes[1])
-    loop = _Loop(run, said, target, prompts, given, adam, drawing, fitted, processes)
+    engine = _engine(run, objective, policy, tuner, processes, work) if settings.sampler else None
+    loop = _Loop(run, said, target, prompts, given, adam, drawing, fitted, processes, engine)
     with recomputed(policy.model, settings.recompute):
         for step in range(start, settings.steps):
             for group in adam.param_groups:
@@ -168,6 +171,8 @@ class _Data:
     reward: Tensor
     log_p0: Tensor
     features: Tensor | None
+    log_weight: Tensor | None = None  # [P, K] towards the policy, of draws that another engine made
+    share: float = 1.0  # their effective sample size
 
 
 @final
@@ -184,6 +189,7 @@ class _Loop:
     drawing: Fitted
     fitted: Fitted
     processes: Processes
+    engine: Callable[[list[str], int], Told] | None = None
 
     @property
     def settings(self) -> Train:
@@ -202,7 +208,8 @@ class _Loop:
         top = torch.full((len(some),), self.given.top) if told and self.given else torch.from_numpy(self.target.ceiling(some)).float()
         batch = Batch(
             tokens=draws.tokens.to(device), mask=draws.mask.to(device), log_q=draws.log_q.to(device), log_p0=data.log_p0.to(device),
-            reward=reward.to(device), log_weight=torch.zeros_like(reward, device=device), prompt=torch.tensor(chosen, device=device),
+            reward=reward.to(device), prompt=torch.tensor(chosen, device=device),
+            log_weight=(torch.zeros_like(reward) if data.log_weight is None else data.log_weight).to(device),
             top=top.to(device), own=(torch.arange(reward.shape[1]) >= theirs).expand(reward.shape).to(device), features=data.features,
         )  # fmt: skip
         known = draws.log_q if objective.draws == "policy" and objective.controls is None else None  # fell under these very weights
@@ -228,6 +235,8 @@ class _Loop:
             row |= objective.watched(batch)
         if objective.needs_prior:
             row["kl_prior"] = float((total_q - total_0).mean())
+        if data.log_weight is not None:
+            row["ess"] = data.share
         return row, state
 
     def _data(self, chosen: list[int], some: list[str], theirs: int, step: int) -> _Data:
@@ -238,9 +247,16 @@ class _Loop:
             with said.low():
                 whole_draws, told = self.given.drawn(said.prior, chosen, samples, run.max_new_tokens, run.seed, step)
         parts = []
-        for part in self.drawing.parts(processes.share(len(some))):
+        at_once = [slice(0, len(some))]  # an engine has memory of its own
+        for part in at_once if self.engine is not None else self.drawing.parts(processes.share(len(some))):
             with said.low():
-                if whole_draws is None:
+                log_weight, share = None, 1.0
+                if self.engine is not None:
+                    told_draws = self.engine(some, step)
+                    log_q = said.policy.log_prob(some, told_draws.tokens, told_draws.mask)
+                    log_weight, share = log_weights(log_q, told_draws)
+                    draws = Draws(told_draws.tokens, told_draws.mask, log_q)
+                elif whole_draws is None:
                     draws = _drawn(said.policy, said.prior, some, samples - theirs, theirs, run, step, part)
                 else:
                     draws = Draws(*(getattr(whole_draws, name)[part] for name in DRAWN))
@@ -257,7 +273,7 @@ class _Loop:
                 features = None
                 if said.objective.needs_features:
                     features = said.prior.states(some[part], draws.tokens, draws.mask)[:, :, :-1].to(said.policy.device)
-            parts.append(_Data(draws, reward, log_p0, features))
+            parts.append(_Data(draws, reward, log_p0, features, log_weight, share))
         if said.in_step is not None:
             said.in_step.settle()
         if len(parts) == processes.count == 1:
@@ -294,6 +310,8 @@ class _Loop:
         at_once, mine = processes.count == 1 and fitted.size >= len(some), fitted.parts(processes.share(len(some)))
         if at_once:
             values = said.of(some, tokens, mask, known)
+            if self.engine is not None:
+                values["log_q"] = weighed(values["log_q"], batch.log_weight)
         else:
             if known is not None and not said.more:
                 values = {"log_q": known}
@@ -317,6 +335,8 @@ class _Loop:
         loss.backward()
         if not at_once:
             weights = {name: leaf.grad for name, leaf in values.items() if leaf.grad is not None}
+            if self.engine is not None:
+                weights["log_q"] *= batch.log_weight.exp()[:, :, None].to(device)
             most = max(len(fitted.parts(Processes(rank, processes.count).share(len(some)))) for rank in range(processes.count))
             said.pull(weights, values["log_q"].detach(), some, tokens, mask, [*mine, *[None] * (most - len(mine))])
             if said.in_step is None and processes.count > 1:
@@ -336,6 +356,36 @@ def _drawn(policy: CausalLM, prior: CausalLM, prompts: list[str], own: int, thei
             seed = streams.seed(run.seed, f"train/{key}/{run.task}/{step}")
             parts.append(drawer.sample(prompts, many, run.max_new_tokens, seed, share))
     return parts[0] if len(parts) == 1 else Draws(*(torch.cat([getattr(x, f) for x in parts], 1) for f in DRAWN))
+
+
+def _engine(
+    run: Run, objective: Objective, policy: CausalLM, tuner: Any, processes: Processes, work: Path
+) -> Callable[[list[str], int], Told]:
+    """Draws of vLLM for some prompts at a step, from the adapter as it is then.
+
+    Raises UserError where its draws cannot be corrected for, or vLLM is not there.
+    """
+    settings = run.train
+    assert settings is not None
+    if method.base(run.method) not in CORRECTED:
+        known = ", ".join(CORRECTED)
+        raise UserError(f"train.sampler=vllm: its draws are not the policy's, and {run.method} cannot be corrected for that; {known} can")
+    if tuner is None or processes.count > 1:
+        raise UserError("train.sampler=vllm draws from an adapter, in one process: set train.lora_rank")
+    source = prior_path(run.prior) if run.prior in SHIPPED else run.prior
+    engine = Engine(source, settings.lora_rank, settings.dtype)
+
+    def draw(prompts: list[str], step: int) -> Told:
+        folder = work / "adapter" / str(step)  # an engine keeps what it has read of a folder
+        write(tuner, folder)
+        rows = [policy.encode(prompt) for prompt in prompts]
+        seed = streams.seed(run.seed, f"train/draws/{run.task}/{step}")
+        try:
+            return engine.draw(rows, settings.samples, run.max_new_tokens, policy.stops, seed, folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    return draw
 
 
 def _given(objective: Objective, run: Run, task: AbstractTask) -> Offline | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_train import Letters, asked
 from tiny import continuations, exact, model, tokenizer
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from klbench.errors import UserError
 from klbench.policies import adapters, vllm
 from klbench.policies.causal_lm import wrap
 from klbench.policies.vllm import CORRECTED, Engine, Told, log_weights, weighed
+from klbench.train import train
 
 T, HOT = 2, 1.5  # the engine's law is the policy's, its logits divided by this
 OUTCOMES = continuations(4, T)
@@ -194,3 +196,46 @@ def test_refusals(installed: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(UserError, match="pip install vllm"):
         Engine("prior", 4)
+
+
+class Honest:
+    """An engine that draws from the adapter it is given, from the uniforms that the policy's own draws fall from. off: nats it misstates."""
+
+    prior: Any = None
+    off = 0.0
+
+    def __init__(self, folder: Any, rank: int, dtype: str) -> None:
+        assert rank == 2 and dtype == "float32"
+
+    @torch.no_grad()
+    def draw(self, rows: list[list[int]], draws: int, length: int, stops: tuple[int, ...], seed: int, adapter: Path) -> Told:
+        lm = self.prior.with_model("merged", adapters.merged("prior", self.prior.model, adapter))
+        uniform = torch.rand(len(rows), draws, length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        tokens, mask, log_q = lm.passes.sample(rows, uniform, lambda logits: logits, stops)
+        return Told(tokens, mask, log_q + self.off * mask)
+
+
+@pytest.mark.parametrize("micro", [0, 1])
+def test_training_on_its_draws_is_training_on_ones_own(micro: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prior = wrap("tiny", model("llama", 4), tokenizer())
+    monkeypatch.setattr(Honest, "prior", prior)
+    monkeypatch.setattr(sys.modules["klbench.train"], "Engine", Honest)
+
+    def run(name: str, **more: str) -> Any:
+        return train(asked("rloo", steps=3, lora_rank=2, micro=micro, **more), Letters(), prior, tmp_path / name)
+
+    (own, curve), (there, other) = run("own"), run("there", sampler="vllm")
+    assert [row["ess"] for row in other] == pytest.approx([1.0] * 3, abs=1e-4)
+    assert [row["loss"] for row in other] == pytest.approx([row["loss"] for row in curve], abs=1e-5)
+    for a, b in zip(own.model.parameters(), there.model.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+    monkeypatch.setattr(Honest, "off", 0.2)  # the mutant: draws weighed by what is not their ratio
+    weighed_down, _ = run("off", sampler="vllm")
+    assert not all(torch.allclose(a, b, atol=1e-5) for a, b in zip(own.model.parameters(), weighed_down.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("objective", "more", "says"), [("grpo", {"lora_rank": 2}, "grpo cannot be corrected"), ("rloo", {}, "lora_rank")])
+def test_draws_that_cannot_be_corrected_are_refused(objective: str, more: dict[str, int], says: str, tmp_path: Path) -> None:
+    prior = wrap("tiny", model("llama", 4), tokenizer())
+    with pytest.raises(UserError, match=says):
+        train(asked(objective, steps=1, sampler="vllm", **more), Letters(), prior, tmp_path / "p")
