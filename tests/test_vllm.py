@@ -199,7 +199,7 @@ def test_refusals(installed: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Honest:
-    """An engine that draws from the adapter it is given, from the uniforms that the policy's own draws fall from. off: nats it misstates."""
+    """An engine that draws from the adapter it is given, from the uniforms that the policy's own fall from. off: nats it misstates."""
 
     prior: Any = None
     off = 0.0

@@ -328,7 +328,7 @@ class CausalLM:
             kind = states.device.type
             half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
             values = None if known is None else known.to(states.device)
-            found: Tensor = LogProbs.apply(states, *linear, piece.node, token, values, half)
+            found: Tensor = LogProbs.apply(states, *linear, piece.node, token, values, half, torch.is_grad_enabled())
             return found
         said = lambda s, n, t: _pick(self.law(self.passes.head(s))[n], t)  # noqa: E731
         node, parts = piece.node.to(states.device), spans(piece.node, len(states), self._at_once)

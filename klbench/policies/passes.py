@@ -30,7 +30,7 @@ from klbench.errors import UserError
 from klbench.policies import attention
 from klbench.policies.prefixes import Piece, Prefixes
 from klbench.policies.static import Step
-from klbench.policies.vocabulary import Head, draw, product
+from klbench.policies.vocabulary import FLOATS, Head, draw, product
 
 LOGITS = 6_000_000  # floats of logits held at once by a pass without a linear head
 POSITIONS = 2048  # read at once by a pass without gradient
@@ -188,7 +188,11 @@ class Passes:
                 self.fall(layout, rows, falling, slice(0) if known else slice(last, last + 1))
                 if known is None:
                     said = self.alone(rows[at], falling.tokens[last])
-                    known = self.agree(torch.cat(falling.heard), said[: len(falling.heard)])
+                    heard = torch.cat(falling.heard)
+                    known = all(
+                        self.agree(logits, self.head(states))
+                        for logits, states in zip(heard.split(8), said[: len(heard)].split(8), strict=True)
+                    )
             except torch.OutOfMemoryError:
                 raise
             except Exception:  # whatever an architecture raises at a layout that it was not written for
@@ -294,9 +298,7 @@ class Passes:
                 if known is None:
                     at = min(range(len(lengths)), key=lambda b: lengths[b])
                     tokens, nodes = piece.path(at)
-                    said = self.alone(rows[piece.prompt[at]], torch.tensor([*tokens, 0], device=self.device))
-                    with torch.no_grad():
-                        known = self.agree(self.head(out[nodes]), said)
+                    known = self.alike(out[nodes], self.alone(rows[piece.prompt[at]], torch.tensor([*tokens, 0], device=self.device)))
             except torch.OutOfMemoryError:
                 raise
             except Exception:  # as in sample
@@ -380,10 +382,19 @@ class Passes:
 
     @torch.no_grad()
     def alone(self, row: list[int], tokens: Tensor) -> Tensor:
-        """[T, W] logits along one continuation [T] by one forward: no padding, no cache, no tree. What every layout has to say."""
+        """[T, D] states along one continuation [T] by one forward: no padding, no cache, no tree. What every layout has to say."""
         ids = torch.cat([torch.tensor(row, device=self.device), self._read(tokens[:-1])])[None]
+        if self.split:
+            states: Tensor = self.model.base_model(ids, use_cache=False)[0][0, len(row) - 1 :]
+            return states
         logits: Tensor = self.model(ids, use_cache=False).logits[0, len(row) - 1 :]
         return logits
+
+    @torch.no_grad()
+    def alike(self, left: Tensor, right: Tensor) -> bool:
+        """Whether states [T, D] give the same laws to rounding; some rows at a time, as all logits would take more memory than the pass."""
+        step = max(1, FLOATS // self.width)
+        return all(self.agree(self.head(a), self.head(b)) for a, b in zip(left.split(step), right.split(step), strict=True))
 
     def agree(self, left: Tensor, right: Tensor, tolerance: float = 1e-3) -> bool:
         """Whether two sets of logits have the same softmax to rounding. NaN agrees with NaN: it is refused by name elsewhere.

@@ -125,21 +125,31 @@ class LogProbs(torch.autograd.Function):
 
     node [M] ascending, on the CPU: the state before each token.  token [M]: -inf for one beyond V.  known [M]: the values, where they
     are known already, as they are for draws that fell under these very weights; then only the gradient is worked out.  half: type of
-    the products, None for that of the states; sums over the vocabulary are in float32 in any case.
+    the products, None for that of the states; sums over the vocabulary are in float32 in any case.  trained: whether a gradient will be
+    asked for (a function cannot see that).
     """
 
     @staticmethod
     def forward(
-        ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, node: Tensor, token: Tensor, known: Tensor | None, half: Any
-    ) -> Tensor:
+        ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, node: Tensor, token: Tensor, known: Tensor | None, half: Any,
+        trained: bool,
+    ) -> Tensor:  # fmt: skip
         ctx.dtype = states.dtype if half is None else half
         ctx.save_for_backward(states, weight, bias, node, token)
+        ctx.law = None
         if known is not None:
             return known.clone()
         with torch.autocast(states.device.type, enabled=False):
             s, w, b = (None if x is None else x.to(ctx.dtype) for x in (states, weight, bias))
             assert s is not None and w is not None
-            return log_probs(s, (w, b), node, token)
+            width = w.shape[0]
+            if len(s) * width > TRAINED or not trained:
+                return log_probs(s, (w, b), node, token)
+            logits = _logits(s, (w, b), slice(width))  # few enough to keep their law in place of making them again
+            ctx.law = logits.softmax(1)
+            index = node.to(s.device)
+            out = logits.view(-1)[index * width + token.clamp(max=width - 1)] - _norm(logits, ctx.law)[index]
+            return out.masked_fill(token >= width, -torch.inf)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Any:
@@ -154,8 +164,8 @@ class LogProbs(torch.autograd.Function):
         s, w, b = (None if x is None else x.to(ctx.dtype) for x in (states, weight, bias))
         assert s is not None and w is not None
         for rows, some in spans(node, len(states), max(ROWS, TRAINED // width)):
-            law = _logits(s[rows], (w, b), slice(width)).softmax(1)
-            back = law.mul_(-total[rows, None])
+            law = _logits(s[rows], (w, b), slice(width)).softmax(1) if ctx.law is None else ctx.law[rows]
+            back = law * -total[rows, None]
             back.index_put_((place[some] - rows.start, token[some].clamp(max=width - 1)), grad[some], accumulate=True)
             if of_bias is not None:
                 of_bias += back.sum(0)
@@ -166,7 +176,7 @@ class LogProbs(torch.autograd.Function):
             elif of_weight is not None:
                 of_weight += (back.T @ s[rows]).float()
         found = (of_states.to(states.dtype), None if of_weight is None else of_weight.to(weight.dtype), of_bias)
-        return (*found, None, None, None, None)
+        return (*found, None, None, None, None, None)
 
 
 def draw(law: Tensor, uniform: Tensor, row: Tensor | None = None) -> tuple[Tensor, Tensor]:
