@@ -393,7 +393,7 @@ class Passes:
     @torch.no_grad()
     def alike(self, left: Tensor, right: Tensor) -> bool:
         """Whether states [T, D] give the same laws to rounding; some rows at a time, as all logits would take more memory than the pass."""
-        step = max(1, FLOATS // self.width)
+        step = max(1, FLOATS // (8 * self.width))
         return all(self.agree(self.head(a), self.head(b)) for a, b in zip(left.split(step), right.split(step), strict=True))
 
     def agree(self, left: Tensor, right: Tensor, tolerance: float = 1e-3) -> bool:
