@@ -15,6 +15,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -75,7 +76,7 @@ class CausalLM:
     notes: tuple[str, ...] = ()
     _ids: dict[str, list[int]] = field(default_factory=dict, repr=False)
     _passes: Passes | None = field(default=None, repr=False)
-    _kept: dict[bytes, list[Tensor]] = field(default_factory=dict, repr=False)  # states that the next policy will ask a prior for again
+    _kept: dict[tuple[bytes, int], Tensor] = field(default_factory=dict, repr=False)  # states the next policy will ask a prior for again
     _agreed: list[Any] = field(default_factory=list, repr=False)  # tokenizers found to write the same ids: asked at every piece of work
 
     def __post_init__(self) -> None:
@@ -282,13 +283,13 @@ class CausalLM:
         for piece in Prefixes.of(tokens, mask).pieces([len(r) for r in rows], most or self.passes.positions):
             yield piece, self.passes.states(rows, piece)
 
-    def _keep(self, key: bytes, states: list[Tensor]) -> None:
-        """Holds states along sequences that several policies are asked about, as a bank's are; the latest asked for, up to KEPT bytes."""
-        self._kept.pop(key, None)
-        self._kept[key] = states
-        size = lambda part: sum(t.numel() * t.element_size() for t in part)  # noqa: E731
-        while self._kept and sum(map(size, self._kept.values())) > KEPT:
+    def _recalled(self, key: tuple[bytes, int], made: Callable[[], Tensor]) -> Tensor:
+        """A piece's states along sequences that several policies are asked about, as a bank's are; the latest, up to KEPT bytes."""
+        found = self._kept.pop(key, None)
+        found = self._kept[key] = made() if found is None else found
+        while self._kept and sum(t.numel() * t.element_size() for t in self._kept.values()) > KEPT:
             del self._kept[next(iter(self._kept))]
+        return found
 
     def logits(self, prompts: Sequence[str], tokens: Tensor) -> Tensor:
         """[P, K, T, W] next-token logits along continuations [P, K, T], float32; differentiable.
@@ -433,12 +434,8 @@ def token_laws(q: CausalLM, p0: CausalLM, prompts: Sequence[str], tokens: Tensor
     versions = [w._version for w in p0.model.parameters()]  # weights that are written to say other things
     asked = repr((rows, starts, most, versions)).encode() + tokens.cpu().numpy().tobytes() + mask.cpu().numpy().tobytes()
     key = hashlib.sha256(asked).digest()
-    known = p0._kept.get(key, [])
-    said: list[Tensor] = []
     for number, (piece, states) in enumerate(q._states(prompts, tokens, mask, most)):
-        theirs = states if same else known[number] if known else p0.passes.states(starts, piece)
-        said.append(theirs)
-        theirs = theirs.to(states.device)
+        theirs = states if same else p0._recalled((key, number), partial(p0.passes.states, starts, piece)).to(states.device)
         node, token = piece.node.to(states.device), piece.next.to(states.device)
         heads = q.linear, p0.linear
         found: Iterable[Tensor] | None = None
@@ -448,8 +445,6 @@ def token_laws(q: CausalLM, p0: CausalLM, prompts: Sequence[str], tokens: Tensor
             found = _whole(q, states, p0, theirs, same, piece.node, token)
         log_q, log_p0, *sums = found
         out[:, piece.place] = torch.stack([log_q, log_p0, *(x[node] for x in sums)]).cpu()
-    if not same:
-        p0._keep(key, said)
     log_q, log_p0, entropy, cross, lost = (x.view(tokens.shape) for x in out)
     if drawn is not None:
         part = log_q[:, : drawn.shape[1]]

@@ -296,7 +296,7 @@ class Passes:
             try:
                 out = self._tree(rows, piece)
                 if known is None:
-                    at = min(range(len(lengths)), key=lambda b: lengths[b])
+                    at = _shortest([rows[p] for p in piece.prompt])
                     tokens, nodes = piece.path(at)
                     known = self.alike(out[nodes], self.alone(rows[piece.prompt[at]], torch.tensor([*tokens, 0], device=self.device)))
             except torch.OutOfMemoryError:
